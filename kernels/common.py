@@ -1,0 +1,60 @@
+"""What every kernel file shares: the device's limits, and the launch on the tensor's own device."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """What launch choices may depend on."""
+
+    backend: str  # "cuda" or "hip"
+    arch: int | str  # 80, 86, 89, 90, 100, 120; "gfx942", "gfx950"
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may take
+
+
+# Shared memory one block may opt in to, per architecture (CUDA C++ Programming Guide, technical specifications; AMD: LDS of a
+# compute unit), and the multiprocessors of the card that an untuned device of that architecture is taken for.
+TARGETS = {
+    80: Target("cuda", 80, 108, 163 * 1024),
+    86: Target("cuda", 86, 84, 99 * 1024),
+    89: Target("cuda", 89, 128, 99 * 1024),
+    90: Target("cuda", 90, 132, 227 * 1024),
+    100: Target("cuda", 100, 148, 227 * 1024),
+    120: Target("cuda", 120, 170, 99 * 1024),
+    "gfx942": Target("hip", "gfx942", 304, 64 * 1024),
+    "gfx950": Target("hip", "gfx950", 256, 160 * 1024),
+}
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target of a device. The interpreter's (CPU tensors) is an sm_80, the most restrictive with full features."""
+    if device.type != "cuda":
+        return TARGETS[80]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        arch = properties.gcnArchName.partition(":")[0]
+        known = TARGETS.get(arch, TARGETS["gfx942"])
+        return Target("hip", arch, properties.multi_processor_count, known.shared_memory)
+    arch = 10 * properties.major + properties.minor
+    limit = properties.shared_memory_per_block_optin
+    return Target("cuda", arch, properties.multi_processor_count, limit)
+
+
+def on_device(tensor: torch.Tensor):
+    """Context in which a kernel launches on the tensor's device and torch's current stream there."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 products follow torch.backends.cuda.matmul's TF32 setting."""
+    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "ieee"
+    return "tf32"  # has no effect on 16-bit operands

@@ -1,0 +1,172 @@
+"""What can run here, what does not and why, and how an operation chooses its implementation.
+
+Every operation (``patch_embed``, ``layer_norm``, ``linear``, ``attention``) has several implementations with one meaning:
+
+==============  ===============================================================================
+``reference``   the formula, step by step, as jeonsworld/ViT-pytorch computes it
+``torch``       the best composition of stock PyTorch; the fallback, and the yardstick
+``triton``      the Triton kernels of ``kernels/``, for GPUs
+``cpp``         the compiled extension of ``csrc/``
+==============  ===============================================================================
+
+``auto``, the default, takes the first one, in the order that the operation's file states, that supports the given inputs.
+A named implementation never falls back: it computes, or it says why it can't.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+NAMES = ("reference", "torch", "triton", "cpp")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation. Both callables take the operation's arguments, in its order.
+
+    ``run`` computes, autograd included. ``supports`` returns None, or the reason why it can't take these inputs.
+    """
+
+    run: Callable
+    supports: Callable[..., str | None]
+
+
+class Operation:
+    """An operation's table of implementations; calling it runs the chosen one."""
+
+    def __init__(self, name: str, implementations: dict[str, Implementation], order: tuple[str, ...]):
+        self.name = name
+        self.implementations = implementations
+        self.order = order  # what `auto` tries, best first
+        OPERATIONS[name] = self
+
+    def __call__(self, *args):
+        return self.implementations[self.choose(*args)].run(*args)
+
+    def choose(self, *args) -> str:
+        """The name of the implementation that a call with these arguments runs. RuntimeError if the one asked for can't."""
+        if _selected != "auto":
+            reason = self.reason_against(_selected, *args)
+            if reason is not None:
+                raise RuntimeError(f"{self.name}: implementation '{_selected}' cannot run: {reason}")
+            return _selected
+        for name in self.order:
+            # The interpreter is for tests: hundreds of times slower than anything else.
+            if name == "triton" and _interpreting():
+                continue
+            if self.implementations[name].supports(*args) is None:
+                return name
+        return "torch"
+
+    def reason_against(self, name: str, *args) -> str | None:
+        """Why the implementation of that name can't take these arguments; None when it can."""
+        if name not in self.implementations:
+            return f"{self.name} has no such implementation (it has {', '.join(self.implementations)})"
+        return self.implementations[name].supports(*args)
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def anything(*args) -> None:
+    """``supports`` of the implementations made of stock PyTorch: whatever passed the operation's own checks."""
+    return None
+
+
+# ---- Selecting ------------------------------------------------------------------------------------------------------
+
+
+def _checked(name: str) -> str:
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"unknown implementation {name!r}: choose one of {', '.join((*NAMES, 'auto'))}")
+    return name
+
+
+# A plain module global, not a ContextVar: torch.compile guards on it, so a compiled model recompiles when it changes.
+_selected = _checked(os.environ.get("VIT_FAST_IMPL", "auto"))
+
+
+def selected() -> str:
+    """The implementation in force: one of `NAMES`, or ``auto``."""
+    return _selected
+
+
+class use:
+    """Select the implementation of every operation, for the process: ``use("torch")``, or ``with use("torch"): …``.
+
+    Called plainly it stays in force; as a context manager it restores what was there before. ValueError for an unknown name.
+    The environment variable ``VIT_FAST_IMPL`` sets the first selection.
+    """
+
+    def __init__(self, name: str):
+        global _selected
+        self._before, _selected = _selected, _checked(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info) -> None:
+        global _selected
+        _selected = self._before
+
+
+# ---- What runs here -------------------------------------------------------------------------------------------------
+
+
+def _interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    return _INTERPRET
+
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read once, as Triton does when a kernel is defined
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why no Triton kernel can run in this process; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _INTERPRET:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def triton_refuses(*tensors: torch.Tensor | None) -> str | None:
+    """Why Triton kernels can't take these tensors, as far as device and dtype go; None when they can."""
+    missing = triton_missing()
+    if missing is not None:
+        return missing
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not (_INTERPRET and tensor.device.type == "cpu"):
+            return f"it needs CUDA tensors, got one on {tensor.device}"
+        if tensor.dtype not in _TRITON_DTYPES:
+            return f"it takes float32, float16 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+# float64 only where the interpreter checks derivatives with it; no GPU kernel is tuned for it.
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16) + ((torch.float64,) if _INTERPRET else ())
+
+
+def backends() -> dict[str, str | None]:
+    """For each implementation name: None when it can run in this process, else the reason why not.
+
+    What one operation would choose for given inputs: ``OPERATIONS[name].choose(*inputs)``; ``vit-fast info`` prints both.
+    """
+    has_cpp = any("cpp" in operation.implementations for operation in OPERATIONS.values())
+    return {
+        "reference": None,
+        "torch": None,
+        "triton": triton_missing(),
+        "cpp": None if has_cpp else "this version has no compiled extension",
+    }

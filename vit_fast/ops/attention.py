@@ -1,0 +1,100 @@
+r"""Multi-head self-attention from the packed product of queries, keys and values.
+
+.. math:: P = \operatorname{softmax}\left(\frac{q k^\top}{\sqrt d}\right) \qquad o = \operatorname{dropout}(P)\, v
+
+for every image and head. Source: Vaswani et al., Attention Is All You Need (2017), eq. 1; in ViT: Dosovitskiy et al.,
+"An Image is Worth 16x16 Words" (2021), appendix A.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vit_fast import backends
+from vit_fast.backends import Implementation, Operation
+from vit_fast.ops.checks import check_tensors
+
+PROBS = ("none", "all", "class_token", "head_mean")  # which probabilities are a second result
+
+# ---- Reference ------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(qkv: Tensor, dropout_p: float, probs: str) -> tuple[Tensor, Tensor | None]:
+    """The formula, step by step: product, division by √d, softmax, dropout, product."""
+    query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))  # each [B, H, N, d]
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = scores / math.sqrt(query.shape[-1])
+    probabilities = torch.softmax(scores, dim=-1)
+    context = torch.matmul(F.dropout(probabilities, dropout_p), value)
+    return context.transpose(1, 2).flatten(2), _select(probabilities, probs)
+
+
+def _select(probabilities: Tensor, probs: str) -> Tensor | None:
+    if probs == "none":
+        return None
+    if probs == "class_token":
+        return probabilities[:, :, 0]
+    return probabilities.mean(1) if probs == "head_mean" else probabilities
+
+
+# ---- Stock PyTorch --------------------------------------------------------------------------------------------------
+
+
+def attention_torch(qkv, dropout_p, probs):
+    """``scaled_dot_product_attention`` on strided views of the packed product; nothing is copied on the way in."""
+    query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
+    scale = 1 / math.sqrt(query.shape[-1])
+    if probs in ("none", "class_token"):
+        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+        probabilities = None
+        if probs == "class_token":  # one row of scores a head: cheaper a second time than all rows once
+            scores = torch.matmul(query[:, :, :1], key.transpose(-1, -2)) * scale
+            probabilities = torch.softmax(scores, dim=-1).squeeze(2)
+        return context.transpose(1, 2).flatten(2), probabilities
+    probabilities = torch.softmax(torch.matmul(query * scale, key.transpose(-1, -2)), dim=-1)
+    context = torch.matmul(F.dropout(probabilities, dropout_p), value)
+    return context.transpose(1, 2).flatten(2), _select(probabilities, probs)
+
+
+# ---- Implementations ------------------------------------------------------------------------------------------------
+
+_attention = Operation(
+    "attention",
+    {
+        "reference": Implementation(attention_reference, backends.anything),
+        "torch": Implementation(attention_torch, backends.anything),
+    },
+    order=("torch",),
+)
+
+
+def attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0, return_probs: bool | str = False):
+    r"""o = dropout(softmax(q kᵀ / √d)) v for every image and head.
+
+    :param qkv: [B, N, 3, H, d], or the same memory as [B, N, 3·H·d]: B images, N tokens; q, k, v; H heads of size d.
+        float32, float16 or bfloat16 (float64 on the stock implementations).
+    :param num_heads: H.
+    :param dropout_p: probability of dropping a softmax entry, in [0, 1]; drawn from torch's generator. Not for inference.
+    :param return_probs: also return softmax probabilities, before dropout: True or ``"all"`` for [B, H, N, N],
+        ``"class_token"`` for token 0's row [B, H, N], ``"head_mean"`` for [B, N, N].
+    :returns: o as [B, N, H·d]; with ``return_probs`` the pair (o, probabilities). Gradients flow through both.
+    :raises ValueError: shapes that do not fit, a probability outside [0, 1]. TypeError: a dtype that does not.
+    """
+    check_tensors("attention", ("qkv", qkv))
+    if qkv.dim() == 3:
+        if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+            raise ValueError(f"attention: qkv's last axis must be a multiple of 3·{num_heads} heads, got {list(qkv.shape)}")
+        qkv = qkv.unflatten(2, (3, num_heads, qkv.shape[2] // (3 * num_heads)))
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[3] != num_heads:
+        raise ValueError(f"attention: qkv must be [B, N, 3, {num_heads}, d] or [B, N, 3·{num_heads}·d], got {list(qkv.shape)}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
+    probs = {False: "none", True: "all"}.get(return_probs, return_probs)
+    if probs not in PROBS:
+        raise ValueError(f"attention: return_probs must be False, True or one of {PROBS[1:]}, got {return_probs!r}")
+    out, probabilities = _attention(qkv, dropout_p, probs)
+    return out if probs == "none" else (out, probabilities)

@@ -1,0 +1,146 @@
+r"""Layer normalisation over the last axis, with an optional residual input.
+
+.. math::
+
+    s = x + r \qquad
+    y = \frac{s - \mu}{\sqrt{\sigma^2 + \varepsilon}} \, \gamma + \beta \qquad
+    \mu = \frac1D \sum_i s_i, \quad \sigma^2 = \frac1D \sum_i (s_i - \mu)^2
+
+With a residual r the sum s is a result too: the residual stream goes on from it. Source: Ba et al., Layer Normalization (2016);
+its place before each half of a block: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), eq. 2-4.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vit_fast import backends
+from vit_fast.backends import Implementation, Operation
+from vit_fast.ops.checks import check_shape, check_tensors
+
+# ---- Reference ------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None):
+    """The formula, as the original computes it: an addition, then ``torch.nn.functional.layer_norm``."""
+    if residual is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+
+
+# ---- The kernels' boundary: schema, fake, launch --------------------------------------------------------------------
+
+torch.library.define(
+    "vit_fast::layer_norm_fwd",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
+)
+torch.library.define(
+    "vit_fast::layer_norm_bwd",
+    "(Tensor dy, Tensor total, Tensor weight, Tensor mean, Tensor rstd, Tensor? dtotal)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+
+
+@torch.library.register_fake("vit_fast::layer_norm_fwd")
+def _(x, weight, bias, eps, residual):
+    stats = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, stats, torch.empty_like(stats)
+
+
+@torch.library.register_fake("vit_fast::layer_norm_bwd")
+def _(dy, total, weight, mean, rstd, dtotal):
+    return dy.new_empty(dy.shape), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.impl("vit_fast::layer_norm_fwd", "default")
+def _(x, weight, bias, eps, residual):
+    from vit_fast.kernels.layer_norm import layer_norm_fwd
+
+    return layer_norm_fwd(x, weight, bias, eps, residual)
+
+
+@torch.library.impl("vit_fast::layer_norm_bwd", "default")
+def _(dy, total, weight, mean, rstd, dtotal):
+    from vit_fast.kernels.layer_norm import layer_norm_bwd
+
+    return layer_norm_bwd(dy, total, weight, mean, rstd, dtotal)
+
+
+# ---- Autograd around the kernels ------------------------------------------------------------------------------------
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Kernels of one namespace (``torch.ops.vit_fast``, later ``torch.ops.vit_fast_cpp``) as a differentiable function."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, residual, kernels):
+        y, total, mean, rstd = kernels.layer_norm_fwd(x, weight, bias, eps, residual)
+        ctx.kernels, ctx.with_residual = kernels, residual is not None
+        ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+        return y if residual is None else (y, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dtotal=None):
+        dx, dweight, dbias = ctx.kernels.layer_norm_bwd(dy, *ctx.saved_tensors, dtotal)
+        return dx, dweight, dbias, None, dx if ctx.with_residual else None, None
+
+
+def _with_kernels(kernels):
+    def run(x, weight, bias, eps, residual):
+        if torch.is_autocast_enabled(x.device.type):  # as the stock operation: float32 inside and out
+            x, weight, bias, residual = (t if t is None else t.float() for t in (x, weight, bias, residual))
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+            return _LayerNorm.apply(x, weight, bias, eps, residual, kernels)
+        y, total, _, _ = kernels.layer_norm_fwd(x, weight, bias, eps, residual)
+        return y if residual is None else (y, total)
+
+    return run
+
+
+# ---- Implementations ------------------------------------------------------------------------------------------------
+
+
+def _triton_supports(x, weight, bias, eps, residual):
+    return backends.triton_refuses(x, weight, bias, residual) or (
+        None if x.shape[-1] <= 8192 else f"its rows hold at most 8192 columns, got {x.shape[-1]}"
+    )
+
+
+_layer_norm = Operation(
+    "layer_norm",
+    {
+        "reference": Implementation(layer_norm_reference, backends.anything),
+        # F.layer_norm is one fused kernel on every device already: the stock composition is the reference.
+        "torch": Implementation(layer_norm_reference, backends.anything),
+        "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
+    },
+    order=("triton", "torch"),
+)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
+    r"""y = (s - mean(s)) / sqrt(var(s) + eps) · weight + bias, over the last axis, where s = x + residual.
+
+    :param x: [..., D], float32, float16 or bfloat16 (float64 on the stock implementations).
+    :param weight: [D], γ.
+    :param bias: [D], β.
+    :param eps: added to the variance; 1e-6 throughout ViT.
+    :param residual: [..., D] like x, or None.
+    :returns: y [..., D]; with a residual the pair (y, s). Statistics are float32 whatever the input.
+    :raises ValueError: shapes or devices that do not fit. TypeError: dtypes that do not.
+
+    Source: Ba et al. 2016, eq. 3-4.
+    """
+    columns = x.shape[-1:]
+    check_tensors("layer_norm", ("x", x), ("weight", weight), ("bias", bias), ("residual", residual))
+    check_shape("layer_norm", "weight", weight, columns)
+    check_shape("layer_norm", "bias", bias, columns)
+    if residual is not None:
+        check_shape("layer_norm", "residual", residual, x.shape)
+    return _layer_norm(x, weight, bias, eps, residual)

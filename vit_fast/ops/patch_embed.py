@@ -1,0 +1,121 @@
+r"""Patch embedding: an image becomes a row of tokens.
+
+.. math:: z = [x_{class};\; x_p^1 E;\; \dots;\; x_p^N E] + b + E_{pos}
+
+Each P×P patch is flattened and multiplied by E (the weight of a convolution with stride P, seen as a matrix), the class token
+is put before them, and the position table is added. Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), eq. 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vit_fast import backends
+from vit_fast.backends import Implementation, Operation
+from vit_fast.ops.checks import check_shape, check_tensors, dtype_name
+
+# ---- Reference ------------------------------------------------------------------------------------------------------
+
+
+def patch_embed_reference(images, weight, bias, cls_token, position_embeddings, mean, std):
+    """The formula, as the original computes it: convolution, flatten, transpose, concatenation, addition."""
+    x = F.conv2d(normalize(images, mean, std, weight.dtype), weight, bias, stride=weight.shape[-2:])
+    x = x.flatten(2).transpose(-1, -2)
+    x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+    return x + position_embeddings
+
+
+def normalize(images: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(images - mean) / std per channel in float32 or wider, bytes divided by 255 first; unchanged when there is no mean."""
+    if mean is None:
+        return images
+    wide = torch.promote_types(dtype, torch.float32)
+    x = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
+    return ((x - mean.to(wide).view(-1, 1, 1)) / std.to(wide).view(-1, 1, 1)).to(dtype)
+
+
+# ---- Stock PyTorch --------------------------------------------------------------------------------------------------
+
+
+def patch_embed_torch(images, weight, bias, cls_token, position_embeddings, mean, std):
+    """The same as one matrix product over gathered patches."""
+    images = normalize(images, mean, std, weight.dtype)
+    p, q = weight.shape[-2:]
+    rows, columns = images.shape[-2] // p, images.shape[-1] // q
+    patches = images[:, :, : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, rows·columns, C·p·q]
+    x = F.linear(patches, weight.flatten(1), bias)
+    x = torch.cat((cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
+    if torch.compiler.is_compiling() or x.dtype != position_embeddings.dtype:
+        return x + position_embeddings
+    return x.add_(position_embeddings)  # no derivative needs the sum's inputs
+
+
+# ---- Implementations ------------------------------------------------------------------------------------------------
+
+_patch_embed = Operation(
+    "patch_embed",
+    {
+        "reference": Implementation(patch_embed_reference, backends.anything),
+        "torch": Implementation(patch_embed_torch, backends.anything),
+    },
+    order=("torch",),
+)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cls_token: Tensor,
+    position_embeddings: Tensor,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    r"""[class token; patches · Eᵀ + bias] + position embeddings.
+
+    :param images: [B, C, H, W], any strides; floating point like the weight, or uint8 with ``mean`` and ``std``.
+    :param weight: E as a convolution's weight, [D, C, P, P'] (OIHW). A rest of H or W that fills no patch is left out.
+    :param bias: [D]. :param cls_token: [1, 1, D]. :param position_embeddings: [1, 1 + (H//P)·(W//P'), D].
+    :param mean: per channel, [C], in units of the image (bytes: of 0…1); with ``std`` the images are normalised first,
+        (image - mean) / std, bytes divided by 255 before.
+    :param std: [C]; both or neither.
+    :returns: [B, N, D], N = 1 + (H//P)·(W//P'), token 0 the class token, then the patches row by row.
+    :raises ValueError: shapes or devices that do not fit. TypeError: dtypes that do not.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"patch_embed: images must be [B, C, H, W], got {list(images.shape)}")
+    if (mean is None) != (std is None):
+        raise ValueError("patch_embed: mean and std come together, got only one of them")
+    if images.dtype == torch.uint8:
+        if mean is None:
+            raise TypeError("patch_embed: uint8 images need mean and std, got neither")
+    elif not images.is_floating_point():
+        got = dtype_name(images.dtype)
+        raise TypeError(f"patch_embed: images must be floating point, or uint8 with mean and std, got {got}")
+    channels = images.shape[1]
+    if mean is not None:
+        mean, std = (torch.as_tensor(t, dtype=torch.float32, device=images.device) for t in (mean, std))
+        check_shape("patch_embed", "mean", mean, (channels,))
+        check_shape("patch_embed", "std", std, (channels,))
+    check_tensors(
+        "patch_embed",
+        ("weight", weight),
+        ("bias", bias),
+        ("cls_token", cls_token),
+        ("position_embeddings", position_embeddings),
+        ("images", images if mean is None else None),
+    )
+    if images.device != weight.device:
+        raise ValueError(f"patch_embed: images must be on {weight.device} as weight is, got {images.device}")
+    width = weight.shape[0]
+    check_shape("patch_embed", "weight", weight, (width, channels, *weight.shape[2:]))
+    tokens = 1 + (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+    check_shape("patch_embed", "bias", bias, (width,))
+    check_shape("patch_embed", "cls_token", cls_token, (1, 1, width))
+    check_shape("patch_embed", "position_embeddings", position_embeddings, (1, tokens, width))
+    return _patch_embed(images, weight, bias, cls_token, position_embeddings, mean, std)
