@@ -15,13 +15,15 @@ A named implementation never falls back: it computes, or it says why it can't.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 NAMES = ("reference", "torch", "triton", "cpp")
 
@@ -127,31 +129,41 @@ def _interpreting() -> bool:
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read once, as Triton does when a kernel is defined
 
 
-@functools.cache
+# Computed at import, and the rest from what torch.compile treats as constant: these functions run while it traces.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_architectures: dict[int | None, int] = {}  # of each CUDA device: 90 for compute capability 9.0
+
+
 def triton_missing() -> str | None:
     """Why no Triton kernel can run in this process; None when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
-    if _INTERPRET:
-        return None
-    if not torch.cuda.is_available():
+    if not _INTERPRET and not torch.cuda.is_available():
         return "no CUDA device"
     return None
 
 
-def triton_refuses(*tensors: torch.Tensor | None) -> str | None:
+def triton_refuses(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels can't take these tensors, as far as device and dtype go; None when they can."""
-    missing = triton_missing()
-    if missing is not None:
-        return missing
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cuda" and not (_INTERPRET and tensor.device.type == "cpu"):
-            return f"it needs CUDA tensors, got one on {tensor.device}"
+        device = tensor.device
+        if device.type == "cuda":
+            if not _TRITON_INSTALLED or _architecture(device.index) < 80:
+                return triton_missing() or "it needs compute capability 8.0 or newer"
+        elif not (_INTERPRET and device.type == "cpu"):
+            return triton_missing() or f"it needs CUDA tensors, got one on {device}"
         if tensor.dtype not in _TRITON_DTYPES:
             return f"it takes float32, float16 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
     return None
+
+
+def _architecture(index: int | None) -> int:
+    if index not in _architectures:
+        properties = torch.cuda.get_device_properties(index)
+        _architectures[index] = 10 * properties.major + properties.minor
+    return _architectures[index]
 
 
 # float64 only where the interpreter checks derivatives with it; no GPU kernel is tuned for it.
@@ -163,6 +175,8 @@ def backends() -> dict[str, str | None]:
 
     What one operation would choose for given inputs: ``OPERATIONS[name].choose(*inputs)``; ``vit-fast info`` prints both.
     """
+    import vit_fast.ops  # noqa: F401  (fills OPERATIONS)
+
     has_cpp = any("cpp" in operation.implementations for operation in OPERATIONS.values())
     return {
         "reference": None,
@@ -170,3 +184,13 @@ def backends() -> dict[str, str | None]:
         "triton": triton_missing(),
         "cpp": None if has_cpp else "this version has no compiled extension",
     }
+
+
+class _CallableModule(types.ModuleType):
+    """`vit_fast.backends()` is short for `vit_fast.backends.backends()`."""
+
+    def __call__(self) -> dict[str, str | None]:
+        return backends()
+
+
+sys.modules[__name__].__class__ = _CallableModule
