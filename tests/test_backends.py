@@ -95,3 +95,14 @@ def test_without_a_gpu_triton_says_why():
 def test_auto_leaves_the_interpreter_to_tests():
     x = torch.zeros(2, 8)
     assert OPERATIONS["layer_norm"].choose(x, x[0], x[0], 1e-6, None) == "torch"
+
+
+def test_transforms_take_the_stock_operations():
+    x = torch.randn(2, 8, requires_grad=True)
+
+    def total(x):
+        return vit_fast.ops.layer_norm(x, torch.ones(8), torch.zeros(8)).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(total)(x.detach()), torch.autograd.grad(total(x), x)[0])
+    with vit_fast.use("triton"), pytest.raises(RuntimeError, match="inside torch.func transforms only stock operations can run"):
+        torch.func.grad(total)(x.detach())

@@ -121,6 +121,45 @@ def test_full_size_vit_b_16():
     assert_within_budget(attention, reference_attention, exact_attention, "attention")
 
 
+def narrow():
+    """Two heads of 24 channels: small enough for Triton's interpreter."""
+    config = small(num_heads=2, mlp_dim=96)
+    config.hidden_size = 48
+    return config
+
+
+@pytest.mark.parametrize("vis", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_on_the_triton_kernels(dtype, vis, device):
+    """Every operation of the model by its Triton kernels, forward and backward, as `auto` runs it on a GPU."""
+    model = build(narrow(), 32, vis=vis, device=device).to(dtype)
+    x, labels = images(2, 32, device=device).to(dtype), labels_for(2, device)
+    exact = oracle.evaluate(model.state_dict(), x, labels, 2, torch.float64)
+    reference = oracle.evaluate(model.state_dict(), x, labels, 2, dtype)
+    with vit_fast.use("triton"):
+        logits, attention = model(x)
+        model(x, labels).backward()
+    assert_within_budget(logits, reference["logits"], exact["logits"], "logits")
+    assert_within_budget(attention, reference["attention"][: len(attention)], exact["attention"][: len(attention)], "attention")
+    assert_gradients_within_budget(model, reference["gradients"], exact["gradients"], "triton")
+
+
+def test_training_with_dropout_on_the_triton_kernels(device):
+    """The same seed draws the same masks again, another seed others; gradients are finite and no parameter is left out."""
+    config = narrow()
+    config.transformer.attention_dropout_rate = 0.2
+    model = build(config, 32, device=device).train()
+    x, labels = images(2, 32, device=device), labels_for(2, device)
+    losses = []
+    with vit_fast.use("triton"):
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            losses.append(model(x, labels))
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    losses[0].backward()
+    assert all(bool(p.grad.isfinite().all()) and float(p.grad.abs().max()) > 0 for p in model.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, device):
     model = build(device=device).to(dtype)

@@ -145,6 +145,8 @@ def triton_missing() -> str | None:
 
 def triton_refuses(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels can't take these tensors, as far as device and dtype go; None when they can."""
+    if torch._C._are_functorch_transforms_active():  # what is passed then are wrappers, or derivatives are taken twice
+        return "inside torch.func transforms only stock operations can run"
     for tensor in tensors:
         if tensor is None:
             continue

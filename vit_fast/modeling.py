@@ -134,9 +134,12 @@ class Attention(nn.Module):
     def _qkv(self, x: Tensor) -> Tensor:
         """The three projections of x in one array, [B,N,3·D]; one product when their parameters lie side by side."""
         layers = (self.query, self.key, self.value)
-        # The compiler can't see memory addresses; it plans the three products and their common output itself.
+        # The compiler can't see memory addresses, so there the parameters are never known to be packed.
         if not torch.compiler.is_compiling() and self._packed.matches(*layers):
             return ops.linear(x, *self._packed.parameters(*layers))
+        # A GPU copies weights faster than the larger products; on a CPU each product writes its part of the result.
+        if x.is_cuda and all(layer.bias is not None for layer in layers):
+            return ops.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
         return torch.stack([ops.linear(x, layer.weight, layer.bias) for layer in layers], dim=-2).flatten(-2)
 
     def _steps(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
