@@ -84,14 +84,14 @@ def anything(*args) -> None:
 # ---- Selecting ------------------------------------------------------------------------------------------------------
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, where: str = "") -> str:
     if name not in (*NAMES, "auto"):
-        raise ValueError(f"unknown implementation {name!r}: choose one of {', '.join((*NAMES, 'auto'))}")
+        raise ValueError(f"{where}unknown implementation {name!r}: choose one of {', '.join((*NAMES, 'auto'))}")
     return name
 
 
 # A plain module global, not a ContextVar: torch.compile guards on it, so a compiled model recompiles when it changes.
-_selected = _checked(os.environ.get("VIT_FAST_IMPL", "auto"))
+_selected = _checked(os.environ.get("VIT_FAST_IMPL", "auto"), "environment variable VIT_FAST_IMPL: ")
 
 
 def selected() -> str:
