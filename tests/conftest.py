@@ -4,6 +4,7 @@ Both are decided here, before anything imports Triton.
 """
 
 import os
+import sys
 
 import torch
 
@@ -13,6 +14,9 @@ if not GPU:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest  # noqa: E402
+
+if sys.platform == "linux":
+    import triton  # noqa: E402, F401  (it is a dependency there: its tests are never skipped for the lack of it)
 
 
 @pytest.fixture
