@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vit_fast import backends
 from vit_fast.backends import Implementation, Operation
@@ -60,15 +61,115 @@ def attention_torch(qkv, dropout_p, probs):
     return context.transpose(1, 2).flatten(2), _select(probabilities, probs)
 
 
+# ---- The kernels' boundary: schema, fake, launch --------------------------------------------------------------------
+
+# lse is log Σ exp(scale · q kᵀ) [B, H, N]: float32 for 16-bit inputs, else float64. probabilities is [0] for probs "none".
+torch.library.define(
+    "vit_fast::attention_fwd",
+    "(Tensor qkv, float scale, float dropout_p, Tensor? seed, str probs) -> (Tensor out, Tensor lse, Tensor probabilities)",
+)
+torch.library.define(
+    "vit_fast::attention_bwd",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, str probs, Tensor? dprobs)"
+    " -> Tensor dqkv",
+)
+
+
+@torch.library.register_fake("vit_fast::attention_fwd")
+def _(qkv, scale, dropout_p, seed, probs):
+    images, tokens, _, heads, head = qkv.shape
+    shapes = {
+        "none": (0,),
+        "all": (images, heads, tokens, tokens),
+        "class_token": (images, heads, tokens),
+        "head_mean": (images, tokens, tokens),
+    }
+    lse = qkv.new_empty((images, heads, tokens), dtype=torch.float32 if qkv.element_size() == 2 else torch.float64)
+    return qkv.new_empty((images, tokens, heads * head)), lse, qkv.new_empty(shapes[probs])
+
+
+@torch.library.register_fake("vit_fast::attention_bwd")
+def _(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
+    return qkv.new_empty(qkv.shape)
+
+
+@torch.library.impl("vit_fast::attention_fwd", "default")
+def _(qkv, scale, dropout_p, seed, probs):
+    from vit_fast.kernels.attention import attention_fwd
+
+    return attention_fwd(qkv, scale, dropout_p, seed, probs)
+
+
+@torch.library.impl("vit_fast::attention_bwd", "default")
+def _(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
+    from vit_fast.kernels.attention import attention_bwd
+
+    return attention_bwd(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs)
+
+
+# ---- Autograd around the kernels ------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """Kernels of one namespace (``torch.ops.vit_fast``, later ``torch.ops.vit_fast_cpp``) as a differentiable function."""
+
+    @staticmethod
+    def forward(ctx, qkv, scale, dropout_p, seed, probs, kernels):
+        out, lse, probabilities = kernels.attention_fwd(qkv, scale, dropout_p, seed, probs)
+        ctx.kernels, ctx.scale, ctx.dropout_p, ctx.probs = kernels, scale, dropout_p, probs
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.set_materialize_grads(False)  # zeros for [B, H, N, N] probabilities that no loss has used would cost real time
+        return out if probs == "none" else (out, probabilities)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dprobs=None):
+        qkv, out, lse, seed = ctx.saved_tensors
+        if dout is None and dprobs is None:
+            return None, None, None, None, None, None
+        dout = torch.zeros_like(out) if dout is None else dout
+        dqkv = ctx.kernels.attention_bwd(dout, qkv, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.probs, dprobs)
+        return dqkv, None, None, None, None, None
+
+
+def _with_kernels(kernels):
+    def run(qkv, dropout_p, probs):
+        if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:  # as the stock operation
+            qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+        scale = 1 / math.sqrt(qkv.shape[-1])
+        # Drawn here, on the device, from torch's own generator: manual_seed, checkpointing and CUDA graphs all hold.
+        seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p > 0 else None
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            results = _Attention.apply(qkv, scale, dropout_p, seed, probs, kernels)
+            return (results, None) if probs == "none" else results
+        out, _, probabilities = kernels.attention_fwd(qkv, scale, dropout_p, seed, probs)
+        return out, None if probs == "none" else probabilities
+
+    return run
+
+
 # ---- Implementations ------------------------------------------------------------------------------------------------
+
+
+def _triton_supports(qkv, dropout_p, probs):
+    refused = backends.triton_refuses(qkv)
+    if refused is not None:
+        return refused
+    if qkv.shape[-1] > 256:
+        return f"its heads hold at most 256 channels, got {qkv.shape[-1]}"
+    if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:
+        return f"qkv's last axis must be contiguous, got stride {qkv.stride(-1)}"
+    return None
+
 
 _attention = Operation(
     "attention",
     {
         "reference": Implementation(attention_reference, backends.anything),
         "torch": Implementation(attention_torch, backends.anything),
+        "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
     },
-    order=("torch",),
+    order=("triton", "torch"),
 )
 
 

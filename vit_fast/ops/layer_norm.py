@@ -47,14 +47,15 @@ torch.library.define(
 
 @torch.library.register_fake("vit_fast::layer_norm_fwd")
 def _(x, weight, bias, eps, residual):
-    stats = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, stats, torch.empty_like(stats)
+    total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    stats = x.new_empty(x.shape[:-1], dtype=torch.promote_types(total_dtype, torch.float32))
+    total = x.new_empty(0 if residual is None else x.shape, dtype=total_dtype)
+    return x.new_empty(x.shape, dtype=weight.dtype), total, stats, torch.empty_like(stats)
 
 
 @torch.library.register_fake("vit_fast::layer_norm_bwd")
 def _(dy, total, weight, mean, rstd, dtotal):
-    return dy.new_empty(dy.shape), torch.empty_like(weight), torch.empty_like(weight)
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 @torch.library.impl("vit_fast::layer_norm_fwd", "default")
@@ -93,8 +94,11 @@ class _LayerNorm(torch.autograd.Function):
 
 def _with_kernels(kernels):
     def run(x, weight, bias, eps, residual):
-        if torch.is_autocast_enabled(x.device.type):  # as the stock operation: float32 inside and out
-            x, weight, bias, residual = (t if t is None else t.float() for t in (x, weight, bias, residual))
+        if torch.is_autocast_enabled(x.device.type):
+            # The stock operation casts everything to float32. The kernels compute in float32 anyway and give y in the weight's
+            # dtype, so that x and the residual need no copies.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weight, bias = weight.to(wide), bias.to(wide)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
             return _LayerNorm.apply(x, weight, bias, eps, residual, kernels)
         y, total, _, _ = kernels.layer_norm_fwd(x, weight, bias, eps, residual)
@@ -107,9 +111,16 @@ def _with_kernels(kernels):
 
 
 def _triton_supports(x, weight, bias, eps, residual):
-    return backends.triton_refuses(x, weight, bias, residual) or (
-        None if x.shape[-1] <= 8192 else f"its rows hold at most 8192 columns, got {x.shape[-1]}"
-    )
+    reason = backends.triton_refuses(x, weight, bias, residual)
+    if reason is not None:
+        return reason
+    from vit_fast.kernels.layer_norm import MAX_COLUMNS, refuses_strides
+
+    if not 1 <= x.shape[-1] <= MAX_COLUMNS:
+        return f"its rows hold 1 to {MAX_COLUMNS} columns, got {x.shape[-1]}"
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        return f"it takes a contiguous weight and bias, got strides {weight.stride()} and {bias.stride()}"
+    return refuses_strides(x) or (None if residual is None else refuses_strides(residual))
 
 
 _layer_norm = Operation(

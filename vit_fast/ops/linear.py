@@ -6,6 +6,9 @@ r"""A linear layer with its epilogue, and the two of them that make ViT's MLP.
     \operatorname{mlp}(x) = \operatorname{act}(x W_1^\top + b_1) W_2^\top + b_2 + r
 
 act is nothing, GELU with the exact error function, x·Φ(x) (Hendrycks & Gimpel 2016), or its tanh approximation by name.
+The kernels are for the epilogues: a product with an activation or a residual is theirs, and so is the one that gives the hidden
+gradient of the MLP, with the activation's derivative behind it. A product without either is the stock one, cuBLAS, under
+``triton`` too: the layer without activation and residual, and in every backward pass dx = dz W and dW = dzᵀ x.
 Source of the MLP: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), eq. 3 and section 3.1.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vit_fast import backends
 from vit_fast.backends import Implementation, Operation
@@ -64,15 +68,241 @@ def mlp_torch(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residua
     return linear_torch(hidden, fc2_weight, fc2_bias, None, residual)
 
 
+# ---- The kernels' boundary: schema, fake, launch --------------------------------------------------------------------
+
+torch.library.define(
+    "vit_fast::linear_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual, bool keep_preactivation)"
+    " -> (Tensor y, Tensor z)",
+)
+torch.library.define(
+    "vit_fast::linear_dgelu_bwd", "(Tensor dy, Tensor weight, Tensor z, str activation) -> (Tensor dz, Tensor dbias)"
+)
+torch.library.define("vit_fast::gelu_bwd", "(Tensor dy, Tensor z, str activation) -> (Tensor dz, Tensor dbias)")
+
+
+@torch.library.register_fake("vit_fast::linear_fwd")
+def _(x, weight, bias, activation, residual, keep_preactivation):
+    shape = (*x.shape[:-1], weight.shape[0])
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape if keep_preactivation else 0)
+
+
+@torch.library.register_fake("vit_fast::linear_dgelu_bwd")
+def _(dy, weight, z, activation):
+    return z.new_empty(z.shape), z.new_empty(z.shape[-1:])
+
+
+@torch.library.register_fake("vit_fast::gelu_bwd")
+def _(dy, z, activation):
+    return z.new_empty(z.shape), z.new_empty(z.shape[-1:])
+
+
+@torch.library.impl("vit_fast::linear_fwd", "default")
+def _(x, weight, bias, activation, residual, keep_preactivation):
+    from vit_fast.kernels.linear import linear_fwd
+
+    return linear_fwd(x, weight, bias, activation, residual, keep_preactivation)
+
+
+@torch.library.impl("vit_fast::linear_dgelu_bwd", "default")
+def _(dy, weight, z, activation):
+    from vit_fast.kernels.linear import linear_dgelu_bwd
+
+    return linear_dgelu_bwd(dy, weight, z, activation)
+
+
+@torch.library.impl("vit_fast::gelu_bwd", "default")
+def _(dy, z, activation):
+    from vit_fast.kernels.gelu import gelu_bwd
+
+    return gelu_bwd(dy, z, activation)
+
+
+# ---- Autograd around the kernels ------------------------------------------------------------------------------------
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    """A layer with an activation, a residual, or both."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, residual, kernels):
+        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+        keep = activation is not None and (for_x or for_weight or for_bias)
+        y, z = kernels.linear_fwd(x, weight, bias, activation, residual, keep)
+        ctx.kernels, ctx.activation, ctx.dtype = kernels, activation, x.dtype
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None, z if keep else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        for_x, for_weight, for_bias, _, for_residual, _ = ctx.needs_input_grad
+        x, weight, z = ctx.saved_tensors
+        if z is not None:
+            # A gradient comes in any layout, a sum's as one element expanded; the kernel reads it beside z.
+            dz, dbias = ctx.kernels.gelu_bwd(dy.contiguous(), z, ctx.activation)
+        else:
+            dz = dy.to(ctx.dtype)  # from the wider residual's, under autocast
+            dbias = _rows(dz).sum(0) if for_bias else None
+        dx = dz @ weight if for_x else None
+        dweight = _rows(dz).t() @ _rows(x) if for_weight else None
+        return dx, dweight, dbias if for_bias else None, None, dy if for_residual else None, None
+
+
+class _Mlp(torch.autograd.Function):
+    """Keeps z and h = act(z), as the stock composition does.
+
+    The forward pass has to write h, for the second product to read; recomputing it for dW₂ would write and read it once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual, kernels):
+        for_x, for_weight1, for_bias1, for_weight2 = ctx.needs_input_grad[:4]
+        keep = for_x or for_weight1 or for_bias1
+        h, z = kernels.linear_fwd(x, fc1_weight, fc1_bias, activation, None, keep)
+        y = _second_layer(h, fc2_weight, fc2_bias, residual, kernels)
+        ctx.kernels, ctx.activation, ctx.dtype = kernels, activation, x.dtype
+        ctx.save_for_backward(
+            x if for_weight1 else None,
+            fc1_weight if for_x else None,
+            fc2_weight if keep else None,
+            z if keep else None,
+            h if for_weight2 else None,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        for_x, for_weight1, for_bias1, for_weight2, for_bias2, _, for_residual, _ = ctx.needs_input_grad
+        x, fc1_weight, fc2_weight, z, h = ctx.saved_tensors
+        # From the wider residual's dtype, under autocast; and it comes in any layout, a sum's as one element expanded.
+        dout = dy.to(ctx.dtype).contiguous()
+        dz = dbias1 = None
+        if z is not None:
+            dz, dbias1 = ctx.kernels.linear_dgelu_bwd(dout, fc2_weight, z, ctx.activation)
+        return (
+            dz @ fc1_weight if for_x else None,
+            _rows(dz).t() @ _rows(x) if for_weight1 else None,
+            dbias1 if for_bias1 else None,
+            _rows(dout).t() @ _rows(h) if for_weight2 else None,
+            _rows(dout).sum(0) if for_bias2 else None,
+            None,
+            dy if for_residual else None,
+            None,
+        )
+
+
+def _second_layer(h, weight, bias, residual, kernels):
+    if residual is None:
+        return F.linear(h, weight, bias)
+    return kernels.linear_fwd(h, weight, bias, None, residual, False)[0]
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What ``torch.nn.functional.linear`` multiplies in: under autocast its dtype, unless x is float64."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _linear_with_kernels(kernels):
+    def run(x, weight, bias, activation, residual):
+        if activation is None and residual is None:
+            return F.linear(x, weight, bias)
+        dtype = _product_dtype(x)  # the residual keeps its own: y promotes, as a sum does
+        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        if _records(x, weight, bias, residual):
+            return _Linear.apply(x, weight, bias, activation, residual, kernels)
+        return kernels.linear_fwd(x, weight, bias, activation, residual, False)[0]
+
+    return run
+
+
+def _mlp_with_kernels(kernels):
+    def run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual):
+        dtype = _product_dtype(x)
+        x, *parameters = (t.to(dtype) for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+        if _records(x, *parameters, residual):
+            return _Mlp.apply(x, *parameters, activation, residual, kernels)
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+        h, _ = kernels.linear_fwd(x, fc1_weight, fc1_bias, activation, None, False)
+        return _second_layer(h, fc2_weight, fc2_bias, residual, kernels)
+
+    return run
+
+
 # ---- Implementations ------------------------------------------------------------------------------------------------
+
+
+def _refuses_rows(name: str, tensor: Tensor | None) -> str | None:
+    """A kernel takes rows with one stride between them, and contiguous within."""
+    if tensor is None or tensor.is_contiguous():
+        return None
+    stride = None  # that the next axis must have, outwards
+    for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size != 1:
+            if stride not in (None, step):
+                return f"{name}'s leading axes must flatten to one, got shape {list(tensor.shape)}, strides {tensor.stride()}"
+            stride = size * step
+    if tensor.stride(-1) != 1:
+        return f"{name}'s last axis must be contiguous, got strides {tensor.stride()}"
+    return None
+
+
+def _refuses_layer(weight: Tensor, bias: Tensor | None) -> str | None:
+    if 0 in weight.shape:
+        return f"a weight must have elements, got {list(weight.shape)}"
+    if 1 not in weight.stride():
+        return f"a weight must be contiguous along one axis, got strides {weight.stride()}"
+    if bias is not None and not bias.is_contiguous():
+        return f"a bias must be contiguous, got strides {bias.stride()}"
+    return None
+
+
+def _auto_refuses(x: Tensor) -> str | None:
+    """No tensor core multiplies IEEE float32: the product is then most of the time, and the stock one is the best there is."""
+    # The public torch.backends.cuda.matmul.allow_tf32 is this, in a form that torch.compile can't trace.
+    if backends.selected() == "auto" and _product_dtype(x) == torch.float32 and not torch._C._get_cublas_allow_tf32():
+        return "under 'auto' it takes float32 only with torch.backends.cuda.matmul.allow_tf32"
+    return None
+
+
+def _linear_triton_supports(x, weight, bias, activation, residual):
+    refused = backends.triton_refuses(x, weight, bias, residual)
+    if refused is not None or (activation is None and residual is None):
+        return refused
+    return _refuses_rows("x", x) or _refuses_rows("residual", residual) or _refuses_layer(weight, bias) or _auto_refuses(x)
+
+
+def _mlp_triton_supports(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual):
+    return (
+        backends.triton_refuses(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+        or _refuses_rows("x", x)
+        or _refuses_rows("residual", residual)
+        or _refuses_layer(fc1_weight, fc1_bias)
+        or _refuses_layer(fc2_weight, fc2_bias)
+        or _auto_refuses(x)
+    )
+
 
 _linear = Operation(
     "linear",
     {
         "reference": Implementation(linear_reference, backends.anything),
         "torch": Implementation(linear_torch, backends.anything),
+        "triton": Implementation(_linear_with_kernels(torch.ops.vit_fast), _linear_triton_supports),
     },
-    order=("torch",),
+    order=("triton", "torch"),
 )
 
 _mlp = Operation(
@@ -80,8 +310,9 @@ _mlp = Operation(
     {
         "reference": Implementation(mlp_reference, backends.anything),
         "torch": Implementation(mlp_torch, backends.anything),
+        "triton": Implementation(_mlp_with_kernels(torch.ops.vit_fast), _mlp_triton_supports),
     },
-    order=("torch",),
+    order=("triton", "torch"),
 )
 
 

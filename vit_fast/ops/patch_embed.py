@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vit_fast import backends
 from vit_fast.backends import Implementation, Operation
@@ -55,15 +56,112 @@ def patch_embed_torch(images, weight, bias, cls_token, position_embeddings, mean
     return x.add_(position_embeddings)  # no derivative needs the sum's inputs
 
 
+# ---- The kernels' boundary: schema, fake, launch --------------------------------------------------------------------
+
+torch.library.define(
+    "vit_fast::patch_embed_fwd",
+    "(Tensor images, Tensor weight, Tensor bias, Tensor cls_token, Tensor position_embeddings, Tensor? mean, Tensor? std)"
+    " -> Tensor",
+)
+torch.library.define(
+    "vit_fast::patch_embed_bwd",
+    "(Tensor dout, Tensor images, Tensor weight, Tensor? mean, Tensor? std, bool images_wanted)"
+    " -> (Tensor dimages, Tensor dweight, Tensor dbias, Tensor dcls_token, Tensor dposition_embeddings)",
+)
+
+
+@torch.library.register_fake("vit_fast::patch_embed_fwd")
+def _(images, weight, bias, cls_token, position_embeddings, mean, std):
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), position_embeddings.dtype)
+    return images.new_empty((images.shape[0], *position_embeddings.shape[1:]), dtype=dtype)
+
+
+@torch.library.register_fake("vit_fast::patch_embed_bwd")
+def _(dout, images, weight, mean, std, images_wanted):
+    _, tokens, width = dout.shape
+    dimages = images.new_empty(images.shape if images_wanted else 0)
+    sums = dout.new_empty(width), dout.new_empty(1, 1, width), dout.new_empty(1, tokens, width)
+    return dimages, weight.new_empty(weight.shape), *sums
+
+
+@torch.library.impl("vit_fast::patch_embed_fwd", "default")
+def _(images, weight, bias, cls_token, position_embeddings, mean, std):
+    from vit_fast.kernels.patch_embed import patch_embed_fwd
+
+    return patch_embed_fwd(images, weight, bias, cls_token, position_embeddings, mean, std)
+
+
+@torch.library.impl("vit_fast::patch_embed_bwd", "default")
+def _(dout, images, weight, mean, std, images_wanted):
+    from vit_fast.kernels.patch_embed import patch_embed_bwd
+
+    return patch_embed_bwd(dout, images, weight, mean, std, images_wanted)
+
+
+# ---- Autograd around the kernels ------------------------------------------------------------------------------------
+
+
+class _PatchEmbed(torch.autograd.Function):
+    """Kernels of one namespace (``torch.ops.vit_fast``, later ``torch.ops.vit_fast_cpp``) as a differentiable function."""
+
+    @staticmethod
+    def forward(ctx, images, weight, bias, cls_token, position_embeddings, mean, std, kernels):
+        ctx.kernels = kernels
+        ctx.save_for_backward(images, weight, mean, std)
+        return kernels.patch_embed_fwd(images, weight, bias, cls_token, position_embeddings, mean, std)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        wanted = ctx.needs_input_grad[0]
+        dimages, *gradients = ctx.kernels.patch_embed_bwd(dout, *ctx.saved_tensors, wanted)
+        return dimages if wanted else None, *gradients, None, None, None
+
+
+def _with_kernels(kernels):
+    def run(images, weight, bias, cls_token, position_embeddings, mean, std):
+        device = images.device.type
+        if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+            # As a convolution: the product in the lower dtype, to which the kernel casts what it reads of the images; the
+            # additions promote.
+            weight = weight.to(torch.get_autocast_dtype(device))
+        tensors = images, weight, bias, cls_token, position_embeddings
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _PatchEmbed.apply(*tensors, mean, std, kernels)
+        return kernels.patch_embed_fwd(*tensors, mean, std)
+
+    return run
+
+
 # ---- Implementations ------------------------------------------------------------------------------------------------
+
+
+def _triton_supports(images, weight, bias, cls_token, position_embeddings, mean, std):
+    of_images = None if images.dtype == torch.uint8 else images
+    reason = backends.triton_refuses(weight, bias, cls_token, position_embeddings, of_images)
+    if reason is not None:
+        return reason
+    if position_embeddings.shape[1] == 1:
+        return f"images of {list(images.shape[2:])} hold no patch of {list(weight.shape[2:])}"
+    if weight.numel() >= 2**31:
+        return f"it takes a weight of less than 2**31 elements, got {weight.numel()}"
+    if mean is not None and mean.shape[0] > 16:
+        return f"it normalises images of at most 16 channels, got {mean.shape[0]}"
+    rows = (("bias", bias), ("cls_token", cls_token), ("position_embeddings", position_embeddings), ("mean", mean), ("std", std))
+    for name, tensor in rows:
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+            return f"it takes {name} with contiguous rows, got strides {tensor.stride()}"
+    return None
+
 
 _patch_embed = Operation(
     "patch_embed",
     {
         "reference": Implementation(patch_embed_reference, backends.anything),
         "torch": Implementation(patch_embed_torch, backends.anything),
+        "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
     },
-    order=("torch",),
+    order=("triton", "torch"),
 )
 
 

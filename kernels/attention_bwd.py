@@ -1,0 +1,372 @@
+"""The gradient of attention, packed [B, N, 3, H, d] as the input is.
+
+With P the probabilities, M what dropout multiplies them with, δ = rowsum(dO ∘ O) + rowsum(P ∘ dP'), dP' the gradient that came in
+for the probabilities themselves:
+
+    dV = (M ∘ P)ᵀ dO      dS = P ∘ (M ∘ (dO Vᵀ) + dP' − δ)      dQ = scale · dS K      dK = scale · dSᵀ Q
+
+P comes back from the saved log Σ exp, M from its seed. Two kinds of programs, each of which keeps a tile and walks over the
+sequence: one for the dQ of some queries, one for the dK and dV of some keys. Products are done seven times instead of five, but
+nothing is added up across programs: no atomics, and the same bits in every run. Programs of one (image, head) follow each other in
+one launch, so that each input crosses the memory bus once and the others find it in the L2 cache; the programs for keys then take δ
+from dO and O themselves. Above `_ONE_LAUNCH` tokens, where products cost more than bytes, and when dP' makes δ dear, there are two
+launches, the first of which leaves δ to the second.
+
+A single program per (image, head) with everything resident, in two loops, spills: 224 bytes on sm_90 at 197 tokens of 64 channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_fast.kernels.attention_tiles import (
+    add_product,
+    dropout_scale,
+    dtypes_of,
+    exp_shifted,
+    in_elements,
+    kept,
+    load_tile,
+    lse_shift,
+    masked_scores,
+    row_dot,
+    rows_by_rows,
+    scale_tile,
+    segment_tokens,
+    split,
+    store_tile,
+    stride_unit,
+    zero_tile,
+)
+from vit_fast.kernels.common import Target, on_device, target_of
+
+# ---- Launch choices -------------------------------------------------------------------------------------------------
+
+_ONE_LAUNCH = 1024
+
+
+def backward_config(tokens: int, head: int, itemsize: int, target: Target) -> dict:
+    """What the backward is launched with. TAIL cuts the tokens left by whole steps."""
+    rows, step, warps, stages = (128, 64, 8, 2) if itemsize == 2 else (32, 32, 4, 1)
+    return {
+        "PIECES": split(head, 2),
+        "TAIL": split(tokens % step, 2, step),
+        "ROWS": rows,
+        "STEP": step,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+# ---- Kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_shift(lse_ptr, rows, N, scale, ACC: tl.constexpr, EXACT: tl.constexpr):
+    return lse_shift(tl.load(lse_ptr + rows, mask=rows < N, other=0.0), scale, ACC, EXACT)
+
+
+@triton.jit
+def _load_dprobs(
+    dprobs_ptr, rows, cols, N, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, ACC: tl.constexpr
+):  # fmt: skip
+    """dP' of one (image, head), rows and cols broadcastable against each other; zero beyond its rows and beyond key N."""
+    offsets = rows.to(tl.int64) * dprobs_row_stride + cols.to(tl.int64) * dprobs_col_stride
+    return tl.load(dprobs_ptr + offsets, mask=(rows < dprobs_rows) & (cols < N), other=0.0).to(ACC) * dprobs_scale
+
+
+@triton.jit
+def _add_keys(
+    dq, q, do, k, v, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
+    dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
+    DROPOUT: tl.constexpr, DPROBS: tl.constexpr, MASKED: tl.constexpr,
+    ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the keys ``cols`` add to a query tile's dQ."""
+    s = masked_scores(q, k, cols, N, MASKED, ACC, PRECISION)
+    p = exp_shifted(s, high[:, None], low[:, None], scale, EXACT)
+    dp = rows_by_rows(do, v, ACC, PRECISION)
+    if DROPOUT:
+        dp = tl.where(kept(seed_ptr, plane, rows[:, None], cols[None, :], dropout_p), dp * dropout_scale, 0.0)
+    if DPROBS:
+        dp += _load_dprobs(
+            dprobs_ptr, rows[:, None], cols[None, :], N, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, ACC
+        )
+    return add_product(dq, p * (dp - delta[:, None]), k, PRECISION)
+
+
+@triton.jit
+def _add_queries(
+    dk, dv, k, v, q, do, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
+    dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
+    DROPOUT: tl.constexpr, DPROBS: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the queries ``rows`` add to a key tile's dK and dV, on transposed tiles [keys, queries].
+
+    Queries beyond N need no mask: their q, dO, shift and δ are zeros, so they add zero.
+    """
+    p = exp_shifted(rows_by_rows(k, q, ACC, PRECISION), high[None, :], low[None, :], scale, EXACT)
+    dp = rows_by_rows(v, do, ACC, PRECISION)
+    if DROPOUT:
+        keep = kept(seed_ptr, plane, rows[None, :], cols[:, None], dropout_p)
+        dv = add_product(dv, tl.where(keep, p * dropout_scale, 0.0), do, PRECISION)
+        dp = tl.where(keep, dp * dropout_scale, 0.0)
+    else:
+        dv = add_product(dv, p, do, PRECISION)
+    if DPROBS:
+        dp += _load_dprobs(
+            dprobs_ptr, rows[None, :], cols[:, None], N, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, ACC
+        )
+    return add_product(dk, p * (dp - delta[None, :]), q, PRECISION), dv
+
+
+@triton.jit
+def _query_gradient(
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
+    dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
+    plane, start_row, scale, dropout_p, dropout_scale, dprobs_scale,
+    HEAD: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    KEEP_DELTA: tl.constexpr, DROPOUT: tl.constexpr, DPROBS: tl.constexpr,
+    ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of some queries; the pointers are at this (image, head) already."""
+    rows = start_row + tl.arange(0, ROWS)
+    k_ptr = qkv_ptr + part_stride
+    v_ptr = k_ptr + part_stride
+    q = load_tile(qkv_ptr, rows, token_stride, N, HEAD, PIECES, True)
+    do = load_tile(dout_ptr, rows, dout_token_stride, N, HEAD, PIECES, True)
+    delta = row_dot(do, load_tile(out_ptr, rows, H * HEAD, N, HEAD, PIECES, True), ACC)
+    high, low = _load_shift(lse_ptr, rows, N, scale, ACC, EXACT)
+    if DPROBS:
+        if start_row < dprobs_rows:
+            for start in range(0, N, STEP):
+                cols = start + tl.arange(0, STEP)
+                k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, True)
+                s = masked_scores(q, k, cols, N, True, ACC, PRECISION)
+                dp = _load_dprobs(
+                    dprobs_ptr, rows[:, None], cols[None, :], N, dprobs_rows, dprobs_row_stride, dprobs_col_stride,
+                    dprobs_scale, ACC,
+                )  # fmt: skip
+                delta += tl.sum(exp_shifted(s, high[:, None], low[:, None], scale, EXACT) * dp, 1)
+    if KEEP_DELTA:
+        tl.store(delta_ptr + rows, delta, mask=rows < N)
+    dq = zero_tile(ROWS, PIECES, ACC)
+    full = N // STEP * STEP  # tokens in unmasked steps; the rest is TAIL
+    for start in range(0, full, STEP):
+        cols = start + tl.arange(0, STEP)
+        k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, False)
+        v = load_tile(v_ptr, cols, token_stride, N, HEAD, PIECES, False)
+        dq = _add_keys(
+            dq, q, do, k, v, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
+            dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
+            DROPOUT, DPROBS, False, ACC, EXACT, PRECISION,
+        )  # fmt: skip
+    for i in tl.static_range(len(TAIL)):
+        cols = full + segment_tokens(TAIL, i)
+        k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, i == len(TAIL) - 1)
+        v = load_tile(v_ptr, cols, token_stride, N, HEAD, PIECES, i == len(TAIL) - 1)
+        dq = _add_keys(
+            dq, q, do, k, v, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
+            dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
+            DROPOUT, DPROBS, i == len(TAIL) - 1, ACC, EXACT, PRECISION,
+        )  # fmt: skip
+    store_tile(dqkv_ptr, rows, 3 * H * HEAD, N, scale_tile(dq, scale), HEAD, PIECES)
+
+
+@triton.jit
+def _take_queries(
+    dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, delta_ptr, rows, cols, N, H, dprobs_rows,
+    dout_token_stride, token_stride, dprobs_row_stride, dprobs_col_stride,
+    plane, scale, dropout_p, dropout_scale, dprobs_scale,
+    HEAD: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr, READ_DELTA: tl.constexpr,
+    DROPOUT: tl.constexpr, DPROBS: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Load some queries and add their share to dK and dV."""
+    q = load_tile(qkv_ptr, rows, token_stride, N, HEAD, PIECES, MASKED)
+    do = load_tile(dout_ptr, rows, dout_token_stride, N, HEAD, PIECES, MASKED)
+    if READ_DELTA:
+        delta = tl.load(delta_ptr + rows, mask=rows < N, other=0.0)
+    else:
+        delta = row_dot(do, load_tile(out_ptr, rows, H * HEAD, N, HEAD, PIECES, MASKED), ACC)
+    high, low = _load_shift(lse_ptr, rows, N, scale, ACC, EXACT)
+    return _add_queries(
+        dk, dv, k, v, q, do, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
+        dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _key_gradient(
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
+    dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
+    plane, start_col, scale, dropout_p, dropout_scale, dprobs_scale,
+    HEAD: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    READ_DELTA: tl.constexpr, DROPOUT: tl.constexpr, DPROBS: tl.constexpr,
+    ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of some keys; the pointers are at this (image, head) already."""
+    cols = start_col + tl.arange(0, ROWS)
+    k = load_tile(qkv_ptr + part_stride, cols, token_stride, N, HEAD, PIECES, True)
+    v = load_tile(qkv_ptr + part_stride + part_stride, cols, token_stride, N, HEAD, PIECES, True)
+    dk = zero_tile(ROWS, PIECES, ACC)
+    dv = zero_tile(ROWS, PIECES, ACC)
+    full = N // STEP * STEP  # tokens in unmasked steps; the rest is TAIL
+    for start in range(0, full, STEP):
+        dk, dv = _take_queries(
+            dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, delta_ptr, start + tl.arange(0, STEP), cols,
+            N, H, dprobs_rows, dout_token_stride, token_stride, dprobs_row_stride, dprobs_col_stride,
+            plane, scale, dropout_p, dropout_scale, dprobs_scale,
+            HEAD, PIECES, False, READ_DELTA, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
+        )  # fmt: skip
+    for i in tl.static_range(len(TAIL)):
+        dk, dv = _take_queries(
+            dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, delta_ptr, full + segment_tokens(TAIL, i), cols,
+            N, H, dprobs_rows, dout_token_stride, token_stride, dprobs_row_stride, dprobs_col_stride,
+            plane, scale, dropout_p, dropout_scale, dprobs_scale,
+            HEAD, PIECES, i == len(TAIL) - 1, READ_DELTA, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
+        )  # fmt: skip
+    dk_ptr = dqkv_ptr + H * HEAD
+    store_tile(dk_ptr, cols, 3 * H * HEAD, N, scale_tile(dk, scale), HEAD, PIECES)
+    store_tile(dk_ptr + H * HEAD, cols, 3 * H * HEAD, N, dv, HEAD, PIECES)
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    dout_ptr,  # [B, N, H, HEAD], strides of its own for B and N
+    qkv_ptr,  # [B, N, 3, H, HEAD]
+    out_ptr,  # [B, N, H, HEAD] contiguous
+    lse_ptr,  # [B, H, N] contiguous
+    seed_ptr,  # None without dropout
+    dprobs_ptr,  # [B, H, dprobs_rows, N], any strides; None without
+    dqkv_ptr,  # [B, N, 3, H, HEAD] contiguous
+    delta_ptr,  # [B, H, N] contiguous; None for both GRADIENTS at once
+    N,
+    H,
+    dprobs_rows,
+    dout_image_stride,
+    dout_token_stride,
+    image_stride,
+    token_stride,
+    part_stride,
+    head_stride,
+    dprobs_image_stride,
+    dprobs_head_stride,
+    dprobs_row_stride,
+    dprobs_col_stride,
+    scale,
+    dropout_p,
+    dropout_scale,
+    dprobs_scale,
+    GRADIENTS: tl.constexpr,  # "queries" (leaves δ), "keys" (takes δ), "both"
+    UNIT: tl.constexpr,  # of the strides of dout and qkv
+    HEAD: tl.constexpr,
+    PIECES: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DPROBS: tl.constexpr,
+    ACC: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(N, ROWS)
+    programs = 2 * tiles if GRADIENTS == "both" else tiles  # of one (image, head)
+    plane = tl.program_id(0) // programs
+    tile = tl.program_id(0) % programs
+    image, head = (plane // H).to(tl.int64), (plane % H).to(tl.int64)
+    token_stride, part_stride = in_elements(token_stride, UNIT), in_elements(part_stride, UNIT)
+    dout_token_stride = in_elements(dout_token_stride, UNIT)
+    qkv_ptr += image * in_elements(image_stride, UNIT) + head * in_elements(head_stride, UNIT)
+    dout_ptr += image * in_elements(dout_image_stride, UNIT) + head * HEAD
+    out_ptr += (image * N * H + head) * HEAD
+    dqkv_ptr += (image * N * 3 * H + head) * HEAD
+    lse_ptr += plane.to(tl.int64) * N
+    if GRADIENTS != "both":
+        delta_ptr += plane.to(tl.int64) * N
+    if DPROBS:
+        dprobs_ptr += image * dprobs_image_stride + head * dprobs_head_stride
+    if GRADIENTS == "queries" or (GRADIENTS == "both" and tile < tiles):
+        _query_gradient(
+            dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
+            dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
+            plane, tile * ROWS, scale, dropout_p, dropout_scale, dprobs_scale,
+            HEAD, PIECES, TAIL, ROWS, STEP, GRADIENTS == "queries", DROPOUT, DPROBS, ACC, EXACT, PRECISION,
+        )  # fmt: skip
+    else:
+        _key_gradient(
+            dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
+            dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
+            plane, (tile % tiles) * ROWS, scale, dropout_p, dropout_scale, dprobs_scale,
+            HEAD, PIECES, TAIL, ROWS, STEP, GRADIENTS == "keys", DROPOUT, DPROBS, ACC, EXACT, PRECISION,
+        )  # fmt: skip
+
+
+# ---- Launcher -------------------------------------------------------------------------------------------------------
+
+
+def _as_planes(dprobs: torch.Tensor | None, probs: str, heads: int) -> tuple[int, tuple[int, int, int, int], float]:
+    """dprobs as [B, H, rows, N]: (rows, strides, the factor that makes it dP')."""
+    if dprobs is None:
+        return 0, (0, 0, 0, 0), 1.0
+    if probs == "head_mean":  # every head has an equal share of one gradient
+        image, row, col = dprobs.stride()
+        return dprobs.shape[1], (image, 0, row, col), 1 / heads
+    if probs == "class_token":
+        image, head, col = dprobs.stride()
+        return 1, (image, head, 0, col), 1.0
+    return dprobs.shape[2], dprobs.stride(), 1.0
+
+
+def attention_bwd(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
+    """The gradient by qkv, from those by the two results of `attention_fwd` and what it saved; dprobs None stands for zero.
+
+    :param dout: [B, N, H·d].
+    :param dprobs: like the probabilities, any strides.
+    :returns: dqkv [B, N, 3, H, d] contiguous; every element is written, by one program.
+    """
+    images, tokens, _, heads, head = qkv.shape
+    dqkv = qkv.new_empty(qkv.shape)
+    if dqkv.numel() == 0:
+        return dqkv
+    if dout.stride(-1) != 1:  # the gradient of a sum is one number expanded: rare, and nothing to stream from
+        dout = dout.contiguous()
+    numbers, unit = dtypes_of(qkv), stride_unit(dout, qkv)
+    dprobs_rows, dprobs_strides, dprobs_scale = _as_planes(dprobs, probs, heads)
+    config = backward_config(tokens, head, qkv.element_size(), target_of(qkv.device))
+    tiles = triton.cdiv(tokens, config["ROWS"])
+    if dprobs is None and tokens <= _ONE_LAUNCH:
+        delta, launches = None, {"both": 2 * tiles}
+    else:
+        delta, launches = lse.new_empty(lse.shape, dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32), {"queries": tiles, "keys": tiles}
+    with on_device(qkv):
+        for gradients, programs in launches.items():
+            _attention_bwd_kernel[(images * heads * programs,)](
+                dout,
+                qkv,
+                out,
+                lse,
+                seed if dropout_p > 0 else None,
+                dprobs,
+                dqkv,
+                delta,
+                tokens,
+                heads,
+                dprobs_rows,
+                *(stride // unit for stride in (*dout.stride()[:2], *qkv.stride()[:4])),
+                *dprobs_strides,
+                scale,
+                dropout_p,
+                dropout_scale(dropout_p),
+                dprobs_scale,
+                GRADIENTS=gradients,
+                UNIT=unit,
+                HEAD=head,
+                DROPOUT=dropout_p > 0,
+                DPROBS=dprobs is not None,
+                **numbers,
+                **config,
+            )
+    return dqkv

@@ -1,0 +1,368 @@
+r"""A matrix product with its epilogue: bias, GELU and residual forward; GELU's derivative and the bias gradient backward.
+
+.. math::
+
+    y = \operatorname{act}(x W^\top + b) + r \qquad dz = (dy \, W) \circ \operatorname{act}'(z), \quad db = \sum_{rows} dz
+
+One program computes one tile of the result. Tiles are small enough that a multiprocessor holds two programs, so that one's
+epilogue runs beside the other's product; a persistent kernel would need Triton's warp specialisation for the same overlap.
+Operands come through plain pointers (cp.async on NVIDIA): tensor descriptors would ask every caller of the library for an
+allocator or every launch for an encoded descriptor, and refuse rows that are not 16-byte aligned.
+Programs walk the tiles in groups of rows, so that what runs at the same time shares its operands in L2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_fast.kernels.common import Target, dot_precision, on_device, target_of
+from vit_fast.kernels.gelu import accumulator, gelu, gelu_derivative, takes_erf
+
+# ---- Launch choices -------------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """A tile of the result [rows, columns], the depth of one step of the product, and how the program runs."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By what the target is and the operands' size: tiles with most work a byte first. As compiled by Triton 3.6 and 3.9 none of
+# them spills and at least two programs of each fit on a multiprocessor, but for float32 with wide GELU on a few (see there).
+_TILES = {
+    ("wide", 2): (Config(128, 128, 64, 4, 3), Config(64, 64, 64, 4, 4), Config(64, 32, 128, 4, 4)),
+    ("narrow", 2): (Config(128, 128, 32, 4, 4), Config(64, 64, 64, 4, 3), Config(64, 32, 128, 4, 3)),
+    ("hip", 2): (Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2), Config(64, 32, 128, 4, 2)),
+    ("wide", 4): (Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 32, 32, 4, 3)),
+    ("narrow", 4): (Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 32, 32, 4, 3)),
+    ("hip", 4): (Config(128, 64, 32, 4, 2), Config(64, 64, 32, 4, 2), Config(64, 32, 32, 4, 2)),
+}
+_WIDE = 160 * 1024  # bytes of shared memory for three stages of a depth of 64, twice on a multiprocessor
+_GROUP = 8  # row blocks walked together
+
+
+def product_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: Target) -> Config:
+    """The launch of a product [rows, depth] × [depth, columns].
+
+    The first tile that gives every multiprocessor one and pads the columns by an eighth at most; else the last.
+    """
+    kind = "hip" if target.backend == "hip" else "wide" if target.shared_memory >= _WIDE else "narrow"
+    tiles = _TILES[kind, min(dtype.itemsize, 4)]
+    for config in tiles:
+        column_blocks = triton.cdiv(columns, config.columns)
+        enough = triton.cdiv(rows, config.rows) * column_blocks >= target.multiprocessors
+        if enough and 8 * column_blocks * config.columns <= 9 * columns:
+            return config
+    return tiles[-1]
+
+
+# Triton's interpreter keeps bfloat16 as its bits and multiplies those; products of bfloat16 are exact in float32.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+# ---- The product ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's block of rows and block of columns: down a group of row blocks, then to the next block of columns."""
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    group_tiles = GROUP * tl.cdiv(columns, BLOCK_COLUMNS)
+    first = tl.program_id(0) // group_tiles * GROUP
+    group_rows = tl.minimum(row_blocks - first, GROUP)
+    within = tl.program_id(0) % group_tiles
+    return first + within % group_rows, within // group_rows
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    weight_ptr,
+    row,
+    col,
+    rows,
+    columns,
+    depth,
+    x_row_stride,
+    weight_column_stride,
+    weight_depth_stride,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+):
+    """Σ_k x[row, k] weight[col, k], accumulated in ACC. Rows past the end repeat the last one, columns past it are 0."""
+    k = tl.arange(0, BLOCK_DEPTH)
+    # A row is clamped rather than masked: it costs nothing in the loop. Columns may be the contiguous axis of the weight,
+    # where a clamp would end vector loads and a mask does not.
+    x_ptrs = x_ptr + tl.minimum(row, rows - 1)[:, None] * x_row_stride + k[None, :]
+    weight_ptrs = weight_ptr + col[None, :] * weight_column_stride + k.to(tl.int64)[:, None] * weight_depth_stride
+    weight_step = tl.cast(weight_depth_stride, tl.int64) * BLOCK_DEPTH
+    acc = tl.zeros([row.shape[0], col.shape[0]], ACC)
+    for start in range(0, depth, BLOCK_DEPTH):
+        if EVEN_DEPTH:
+            x = tl.load(x_ptrs)
+            if EVEN_COLUMNS:
+                weight = tl.load(weight_ptrs)
+            else:
+                weight = tl.load(weight_ptrs, (col < columns)[None, :], 0.0)
+        else:
+            inside = k < depth - start
+            x = tl.load(x_ptrs, inside[None, :], 0.0)
+            weight = tl.load(weight_ptrs, inside[:, None] & (col < columns)[None, :], 0.0)
+        if _INTERPRETED and x.dtype == tl.bfloat16:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
+        x_ptrs += BLOCK_DEPTH
+        weight_ptrs += weight_step
+    return acc
+
+
+@triton.jit
+def _halves(acc):
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _strips(acc):
+    """The tile as a tuple of strips of 32 columns. The epilogue takes one after the other: on a whole tile at once it spills."""
+    tl.static_assert(acc.shape[1] == 32 or acc.shape[1] == 64 or acc.shape[1] == 128)
+    if acc.shape[1] == 32:
+        return (acc,)
+    elif acc.shape[1] == 64:
+        return _halves(acc)
+    else:
+        left, right = _halves(acc)
+        return _halves(left) + _halves(right)
+
+
+# ---- Forward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    z_ptr,
+    rows,
+    columns,
+    depth,
+    x_row_stride,
+    weight_column_stride,
+    weight_depth_stride,
+    residual_row_stride,
+    y_row_stride,
+    ACTIVATION: tl.constexpr,
+    ERF: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_block, column_block = _tile(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # row * stride passes 2**31
+    col = column_block.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    acc = _product(
+        x_ptr,
+        weight_ptr,
+        row,
+        col,
+        rows,
+        columns,
+        depth,
+        x_row_stride,
+        weight_column_stride,
+        weight_depth_stride,
+        ACC,
+        PRECISION,
+        BLOCK_DEPTH,
+        EVEN_COLUMNS,
+        EVEN_DEPTH,
+    )
+    strips = _strips(acc)
+    for i in tl.static_range(len(strips)):
+        col = column_block * BLOCK_COLUMNS + i * 32 + tl.arange(0, 32)
+        mask = (row < rows)[:, None] & (col < columns)[None, :]
+        offsets = row[:, None] * y_row_stride + col[None, :]
+        y = strips[i]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + col, col < columns, 0.0).to(ACC)[None, :]
+        if z_ptr is not None:
+            tl.store(z_ptr + offsets, y.to(z_ptr.dtype.element_ty), mask)
+        if ACTIVATION is not None:
+            y = gelu(y, ACTIVATION, ERF)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + row[:, None] * residual_row_stride + col[None, :], mask, 0.0).to(ACC)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
+
+
+def linear_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    keep_preactivation: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = act(x Wᵀ + b) + residual, and z = x Wᵀ + b if it is to be kept.
+
+    :param x: [..., K], its leading axes one stride apart, its last axis contiguous; :param weight: W, [M, K].
+    :param bias: [M], contiguous, or None; :param residual: [..., M], strides as x, or None. It may be of a wider dtype.
+    :param activation: None, "gelu" or "gelu_tanh".
+    :returns: y [..., M] in the wider dtype of x and residual; z [..., M] in x's dtype, or [0].
+    """
+    columns, depth = weight.shape
+    rows = x.numel() // depth
+    shape = (*x.shape[:-1], columns)
+    y = x.new_empty(shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    z = x.new_empty(shape if keep_preactivation else 0)
+    if rows == 0:
+        return y, z
+    config = product_config(rows, columns, depth, x.dtype, target_of(x.device))
+    with on_device(x):
+        _linear_fwd_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
+            x,
+            weight,
+            bias,
+            residual,
+            y,
+            z if keep_preactivation else None,
+            rows,
+            columns,
+            depth,
+            x.view(rows, depth).stride(0),
+            weight.stride(0),
+            weight.stride(1),
+            0 if residual is None else residual.view(rows, columns).stride(0),
+            columns,
+            ACTIVATION=activation,
+            ERF=takes_erf(x.dtype),
+            **_product_arguments(config, columns, depth, x.dtype),
+        )
+    return y, z
+
+
+def _product_arguments(config: Config, columns: int, depth: int, dtype: torch.dtype) -> dict:
+    return dict(
+        ACC=accumulator(dtype),
+        PRECISION=dot_precision(dtype),
+        BLOCK_ROWS=config.rows,
+        BLOCK_COLUMNS=config.columns,
+        BLOCK_DEPTH=config.depth,
+        EVEN_COLUMNS=columns % config.columns == 0,
+        EVEN_DEPTH=depth % config.depth == 0,
+        GROUP=_GROUP,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+# ---- Backward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_dgelu_bwd_kernel(
+    dy_ptr,
+    weight_ptr,
+    z_ptr,
+    dz_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    depth,
+    dy_row_stride,
+    weight_column_stride,
+    weight_depth_stride,
+    z_row_stride,
+    ACTIVATION: tl.constexpr,
+    ERF: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_block, column_block = _tile(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # row * stride passes 2**31
+    col = column_block.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    acc = _product(
+        dy_ptr,
+        weight_ptr,
+        row,
+        col,
+        rows,
+        columns,
+        depth,
+        dy_row_stride,
+        weight_column_stride,
+        weight_depth_stride,
+        ACC,
+        PRECISION,
+        BLOCK_DEPTH,
+        EVEN_COLUMNS,
+        EVEN_DEPTH,
+    )
+    strips = _strips(acc)
+    for i in tl.static_range(len(strips)):
+        col = column_block * BLOCK_COLUMNS + i * 32 + tl.arange(0, 32)
+        mask = (row < rows)[:, None] & (col < columns)[None, :]
+        offsets = row[:, None] * z_row_stride + col[None, :]
+        z = tl.load(z_ptr + offsets, mask, 0.0).to(ACC)
+        # Rows past the end hold a copy of the last one: they must not reach the sum.
+        dz = tl.where((row < rows)[:, None], strips[i] * gelu_derivative(z, ACTIVATION, ERF), 0.0)
+        tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask)
+        tl.store(partial_ptr + row_block.to(tl.int64) * columns + col, tl.sum(dz, 0), col < columns)
+
+
+def linear_dgelu_bwd(
+    dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dz = (dy W) ∘ act'(z): the gradient of h = act(z)'s input where y = h Wᵀ; and its sum over the rows.
+
+    :param dy: [..., D], contiguous; :param weight: W, [D, F]; :param z: [..., F], contiguous. One dtype.
+    :returns: dz [..., F] and dbias [F] in that dtype. The sum is over unrounded values, in float32, in a fixed order.
+    """
+    depth, columns = weight.shape
+    rows = z.numel() // columns
+    dz = torch.empty_like(z)
+    config = product_config(rows, columns, depth, z.dtype, target_of(z.device))
+    row_blocks = triton.cdiv(rows, config.rows)
+    # One row a block of rows: 1/128 of dz's elements for the large tiles.
+    partial = z.new_empty((row_blocks, columns), dtype=torch.promote_types(z.dtype, torch.float32))
+    if rows > 0:
+        with on_device(z):
+            _linear_dgelu_bwd_kernel[(row_blocks * triton.cdiv(columns, config.columns),)](
+                dy,
+                weight,
+                z,
+                dz,
+                partial,
+                rows,
+                columns,
+                depth,
+                depth,
+                weight.stride(1),
+                weight.stride(0),
+                columns,
+                ACTIVATION=activation,
+                ERF=takes_erf(z.dtype),
+                **_product_arguments(config, columns, depth, z.dtype),
+            )
+    return dz, partial.sum(0).to(z.dtype)
