@@ -416,6 +416,7 @@ def units_of(args) -> list[Unit]:
             continue
         # Large batches and single images may get other configurations.
         labels = itertools.product(models[:1] if narrow else models, images, (128, 1))
+        labels = (label for label in labels if not args.subset or label[2] > 1 or label[0] == models[0])
         shapes = tuple(cases.shape_of(*label) for label in labels)
         cold = tuple(models)
         if args.only_hot or args.subset:  # CI looks at the other variants on that model and target too

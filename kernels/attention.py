@@ -1,16 +1,15 @@
 """Attention from the packed product qkv [B, N, 3, H, d] to [B, N, H·d]: the forward, and the launchers of both directions.
 
-Two designs. *Short*: one program holds the keys and values of one (image, head) and walks over the queries; a row's softmax is
-taken over all its keys at once, without rescaling; every input is read once. *Streaming*: one program per tile of queries walks
-over the keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022); it has no limit on N.
+Two designs. *Short*: one program holds the keys and values of one (image, head) and walks over the queries; a row's softmax
+is taken over all its keys at once, without rescaling; every input is read once. *Streaming*: one program per tile of queries
+walks over the keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022); it has no
+limit on N.
 
-Probabilities, when asked for, come from the same program: the short one has a whole row in registers, the streaming one walks over
-the keys a second time once it knows the row's sum. Their mean over the heads is a second kernel that recomputes them from
-the saved sums, one program per (image, tile) that adds the heads up in order: twice the work of the first product,
-but N² numbers an image, and no atomics.
+Probabilities, when asked for, come from the same program: the short one has a whole row in registers, the streaming one walks
+over the keys a second time once it knows the row's sum. Their mean over the heads is a second kernel that recomputes them from
+the saved sums, one program per (image, tile) that adds the heads up in order: q kᵀ is computed twice, but only N² numbers an
+image are written, and without atomics.
 """
-
-from __future__ import annotations
 
 import torch
 import triton
@@ -22,14 +21,16 @@ from vit_fast.kernels.attention_tiles import (
     dropout_scale,
     dtypes_of,
     exp_shifted,
-    kept,
     in_elements,
+    kept,
     load_segments,
     load_tile,
     log_sum,
     lse_shift,
     masked_scores,
     max_shift,
+    reads_shared_memory,
+    rows_and_warps,
     rows_by_rows,
     scale_tile,
     segment_tokens,
@@ -45,21 +46,31 @@ __all__ = ["attention_bwd", "attention_fwd"]
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
 
+# Scores and output of a row that 64 rows in four warps hold in registers: beyond, the compiler spills.
+_SHORT = {True: 336, False: 272}  # by `reads_shared_memory`
+
+
 def forward_config(tokens: int, head: int, itemsize: int, target: Target) -> dict:
-    """What the forward is launched with; "SEGMENTS" is there for the short design only."""
-    pieces = split(head, 2)
+    """What the forward is launched with: with SEGMENTS in the short design, with COLUMNS and TAIL in the streaming one.
+
+    Compiled for sm_80, 90 and 100, none of the 16-bit choices spills for heads of up to 128 channels.
+    """
+    pieces, segments = split(head, 2), split(tokens, 3)
     width = sum(pieces)
-    segments = split(tokens, 3)
-    if itemsize == 2 and sum(segments) <= 288 and width <= 96:
+    if itemsize == 2 and sum(segments) + width <= _SHORT[reads_shared_memory(target)]:
         return {"PIECES": pieces, "SEGMENTS": segments, "ROWS": 64, "num_warps": 4, "num_stages": 2}
-    if itemsize == 2:
-        rows, cols, warps, stages = 128, 64, 8, 3
-    else:
+    if itemsize > 2:
         rows, cols, warps, stages = 32, 32, 4, 1
-    return {"PIECES": pieces, "TAIL": split(tokens % cols, 2), "ROWS": rows, "COLUMNS": cols, "num_warps": warps, "num_stages": stages}
+    elif width > 128 and not reads_shared_memory(target):
+        rows, cols, warps, stages = 64, 32, 8, 2
+    else:
+        (rows, warps), cols, stages = rows_and_warps(tokens), 64, 2
+    tail = split(tokens % cols, 2, cols)
+    return {"PIECES": pieces, "TAIL": tail, "ROWS": rows, "COLUMNS": cols, "num_warps": warps, "num_stages": stages}
 
 
 def head_mean_config(head: int, itemsize: int, target: Target) -> dict:
+    """What the kernel for the mean over the heads is launched with."""
     rows, cols, warps, stages = (64, 64, 4, 2) if itemsize == 2 else (32, 32, 4, 1)
     return {"PIECES": split(head, 2), "ROWS": rows, "COLUMNS": cols, "num_warps": warps, "num_stages": stages}
 
@@ -284,15 +295,15 @@ def _attention_fwd_head_mean_kernel(
 
 
 def attention_fwd(qkv, scale, dropout_p, seed, probs):
-    """softmax(scale · q kᵀ) v, and what the backward needs; arguments and results as in the schema of vit_fast/ops/attention.py.
+    """softmax(scale · q kᵀ) v, and what the backward needs.
 
     :param qkv: [B, N, 3, H, d], its last axis contiguous.
     :param scale: of the scores, positive.
     :param dropout_p: in [0, 1].
     :param seed: int64 [1] on qkv's device; None without dropout.
     :param probs: "none", "all", "class_token" or "head_mean".
-    :returns: out [B, N, H·d]; log Σ exp(scale · q kᵀ) [B, H, N], float32 for 16-bit inputs and else float64 (`lse_shift` says why);
-        the probabilities, [0] when there are none.
+    :returns: out [B, N, H·d]; log Σ exp(scale · q kᵀ) [B, H, N], float32 for 16-bit inputs and else float64 (`lse_shift` says
+        why); the probabilities before dropout, [B, H, N, N], [B, H, N] or [B, N, N]; [0] for "none".
     """
     images, tokens, _, heads, head = qkv.shape
     out = qkv.new_empty(images, tokens, heads * head)

@@ -1,21 +1,22 @@
 """The gradient of attention, packed [B, N, 3, H, d] as the input is.
 
-With P the probabilities, M what dropout multiplies them with, δ = rowsum(dO ∘ O) + rowsum(P ∘ dP'), dP' the gradient that came in
-for the probabilities themselves:
+With P the probabilities, M what dropout multiplies them with, dP' the gradient that came in for the probabilities themselves,
+δ = rowsum(dO ∘ O) + rowsum(P ∘ dP'):
 
     dV = (M ∘ P)ᵀ dO      dS = P ∘ (M ∘ (dO Vᵀ) + dP' − δ)      dQ = scale · dS K      dK = scale · dSᵀ Q
 
 P comes back from the saved log Σ exp, M from its seed. Two kinds of programs, each of which keeps a tile and walks over the
-sequence: one for the dQ of some queries, one for the dK and dV of some keys. Products are done seven times instead of five, but
-nothing is added up across programs: no atomics, and the same bits in every run. Programs of one (image, head) follow each other in
-one launch, so that each input crosses the memory bus once and the others find it in the L2 cache; the programs for keys then take δ
-from dO and O themselves. Above `_ONE_LAUNCH` tokens, where products cost more than bytes, and when dP' makes δ dear, there are two
-launches, the first of which leaves δ to the second.
+sequence: one for the dQ of some queries, one for the dK and dV of some keys. That makes seven products instead of five, but
+nothing is added up across programs: no atomics, and the same bits in every run. Programs of one (image, head) follow each other
+in one launch, so that each input crosses the memory bus once and the others find it in the L2 cache; the programs for keys then
+take δ from dO and O themselves. Where products cost more than bytes, and where one kernel of both kinds would spill, there are
+two launches, the first of which leaves δ to the second.
 
-A single program per (image, head) with everything resident, in two loops, spills: 224 bytes on sm_90 at 197 tokens of 64 channels.
+With dP', and for float32, δ is rowsum(P ∘ dP) / rowsum(P) in one more walk over the keys, where dP = M ∘ (dO Vᵀ) + dP': the
+rounding errors of dP and of P are then in both sides of dP − δ and cancel, where those of the stored O would not.
+
+One program per (image, head), with all of it resident and two loops, spills: at least 184 bytes on sm_90 at N=197, d=64.
 """
-
-from __future__ import annotations
 
 import torch
 import triton
@@ -31,7 +32,9 @@ from vit_fast.kernels.attention_tiles import (
     load_tile,
     lse_shift,
     masked_scores,
+    reads_shared_memory,
     row_dot,
+    rows_and_warps,
     rows_by_rows,
     scale_tile,
     segment_tokens,
@@ -44,20 +47,26 @@ from vit_fast.kernels.common import Target, on_device, target_of
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
-_ONE_LAUNCH = 1024
+_ONE_LAUNCH = 1024  # tokens
 
 
-def backward_config(tokens: int, head: int, itemsize: int, target: Target) -> dict:
-    """What the backward is launched with. TAIL cuts the tokens left by whole steps."""
-    rows, step, warps, stages = (128, 64, 8, 2) if itemsize == 2 else (32, 32, 4, 1)
-    return {
-        "PIECES": split(head, 2),
-        "TAIL": split(tokens % step, 2, step),
-        "ROWS": rows,
-        "STEP": step,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+def backward_config(tokens: int, head: int, itemsize: int, target: Target) -> tuple[bool, dict]:
+    """(whether one launch does it all, what the backward is launched with). TAIL cuts the tokens left by whole steps.
+
+    Compiled for sm_80, 90 and 100, none of the 16-bit choices spills for heads of up to 96 channels. Where operands lie in
+    registers, one kernel for both kinds of gradient would, for heads of more than 64 channels.
+    """
+    pieces = split(head, 2)
+    width, in_memory = sum(pieces), reads_shared_memory(target)
+    if itemsize > 2:
+        rows, step, warps, stages = 32, 32, 4, 1
+    else:
+        rows, warps = rows_and_warps(tokens)
+        step = 64 if in_memory and (width <= 64 or target.arch >= 100 and width <= 96) else 32
+        stages = 2
+    tail = split(tokens % step, 2, step)
+    config = {"PIECES": pieces, "TAIL": tail, "ROWS": rows, "STEP": step, "num_warps": warps, "num_stages": stages}
+    return itemsize == 2 and tokens <= _ONE_LAUNCH and (in_memory or width <= 64), config
 
 
 # ---- Kernels --------------------------------------------------------------------------------------------------------
@@ -69,121 +78,105 @@ def _load_shift(lse_ptr, rows, N, scale, ACC: tl.constexpr, EXACT: tl.constexpr)
 
 
 @triton.jit
-def _load_dprobs(
-    dprobs_ptr, rows, cols, N, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, ACC: tl.constexpr
-):  # fmt: skip
-    """dP' of one (image, head), rows and cols broadcastable against each other; zero beyond its rows and beyond key N."""
-    offsets = rows.to(tl.int64) * dprobs_row_stride + cols.to(tl.int64) * dprobs_col_stride
-    return tl.load(dprobs_ptr + offsets, mask=(rows < dprobs_rows) & (cols < N), other=0.0).to(ACC) * dprobs_scale
+def _add_dprobs(dp, dprobs, rows, cols, N, DPROBS: tl.constexpr):
+    """dp + dP', rows and cols broadcastable against each other; dP' is zero beyond its rows and beyond key N."""
+    if DPROBS:
+        dprobs_ptr, dprobs_rows, row_stride, col_stride, factor = dprobs
+        offsets = rows.to(tl.int64) * row_stride + cols.to(tl.int64) * col_stride
+        dp += tl.load(dprobs_ptr + offsets, mask=(rows < dprobs_rows) & (cols < N), other=0.0).to(dp.dtype) * factor
+    return dp
 
 
 @triton.jit
-def _add_keys(
-    dq, q, do, k, v, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
-    dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
+def _rows_and_dp(
+    q, do, k, v, high, low, rows, cols, N, plane, scale, dropout, dprobs,
     DROPOUT: tl.constexpr, DPROBS: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the keys ``cols`` add to a query tile's dQ."""
+    """(P, M ∘ (dO Vᵀ) + dP') of the queries ``rows`` and the keys ``cols``."""
     s = masked_scores(q, k, cols, N, MASKED, ACC, PRECISION)
     p = exp_shifted(s, high[:, None], low[:, None], scale, EXACT)
     dp = rows_by_rows(do, v, ACC, PRECISION)
     if DROPOUT:
+        seed_ptr, dropout_p, dropout_scale = dropout
         dp = tl.where(kept(seed_ptr, plane, rows[:, None], cols[None, :], dropout_p), dp * dropout_scale, 0.0)
-    if DPROBS:
-        dp += _load_dprobs(
-            dprobs_ptr, rows[:, None], cols[None, :], N, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, ACC
-        )
+    return p, _add_dprobs(dp, dprobs, rows[:, None], cols[None, :], N, DPROBS)
+
+
+@triton.jit
+def _take_keys(
+    dq, q, do, k_ptr, v_ptr, high, low, delta, rows, cols, N, token_stride, plane, scale, dropout, dprobs,
+    HEAD: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, DPROBS: tl.constexpr,
+    ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Load the keys ``cols`` and add their share to a query tile's dQ."""
+    k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, MASKED)
+    v = load_tile(v_ptr, cols, token_stride, N, HEAD, PIECES, MASKED)
+    p, dp = _rows_and_dp(
+        q, do, k, v, high, low, rows, cols, N, plane, scale, dropout, dprobs, DROPOUT, DPROBS, MASKED, ACC, EXACT, PRECISION
+    )  # fmt: skip
     return add_product(dq, p * (dp - delta[:, None]), k, PRECISION)
 
 
 @triton.jit
-def _add_queries(
-    dk, dv, k, v, q, do, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
-    dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
-    DROPOUT: tl.constexpr, DPROBS: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the queries ``rows`` add to a key tile's dK and dV, on transposed tiles [keys, queries].
-
-    Queries beyond N need no mask: their q, dO, shift and δ are zeros, so they add zero.
-    """
-    p = exp_shifted(rows_by_rows(k, q, ACC, PRECISION), high[None, :], low[None, :], scale, EXACT)
-    dp = rows_by_rows(v, do, ACC, PRECISION)
-    if DROPOUT:
-        keep = kept(seed_ptr, plane, rows[None, :], cols[:, None], dropout_p)
-        dv = add_product(dv, tl.where(keep, p * dropout_scale, 0.0), do, PRECISION)
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
-    else:
-        dv = add_product(dv, p, do, PRECISION)
-    if DPROBS:
-        dp += _load_dprobs(
-            dprobs_ptr, rows[None, :], cols[:, None], N, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, ACC
-        )
-    return add_product(dk, p * (dp - delta[None, :]), q, PRECISION), dv
-
-
-@triton.jit
 def _query_gradient(
-    dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
-    dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
-    plane, start_row, scale, dropout_p, dropout_scale, dprobs_scale,
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, dqkv_ptr, delta_ptr, N, H, dout_token_stride, token_stride, part_stride,
+    plane, start, scale, dropout, dprobs,
     HEAD: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     KEEP_DELTA: tl.constexpr, DROPOUT: tl.constexpr, DPROBS: tl.constexpr,
     ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of some queries; the pointers are at this (image, head) already."""
-    rows = start_row + tl.arange(0, ROWS)
+    rows = start + tl.arange(0, ROWS)
     k_ptr = qkv_ptr + part_stride
     v_ptr = k_ptr + part_stride
     q = load_tile(qkv_ptr, rows, token_stride, N, HEAD, PIECES, True)
     do = load_tile(dout_ptr, rows, dout_token_stride, N, HEAD, PIECES, True)
-    delta = row_dot(do, load_tile(out_ptr, rows, H * HEAD, N, HEAD, PIECES, True), ACC)
     high, low = _load_shift(lse_ptr, rows, N, scale, ACC, EXACT)
-    if DPROBS:
-        if start_row < dprobs_rows:
-            for start in range(0, N, STEP):
-                cols = start + tl.arange(0, STEP)
-                k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, True)
-                s = masked_scores(q, k, cols, N, True, ACC, PRECISION)
-                dp = _load_dprobs(
-                    dprobs_ptr, rows[:, None], cols[None, :], N, dprobs_rows, dprobs_row_stride, dprobs_col_stride,
-                    dprobs_scale, ACC,
-                )  # fmt: skip
-                delta += tl.sum(exp_shifted(s, high[:, None], low[:, None], scale, EXACT) * dp, 1)
+    if DPROBS or EXACT:
+        delta = tl.zeros([ROWS], dtype=ACC)
+        total = tl.zeros([ROWS], dtype=ACC)
+        for step in range(0, N, STEP):
+            cols = step + tl.arange(0, STEP)
+            k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, True)
+            v = load_tile(v_ptr, cols, token_stride, N, HEAD, PIECES, True)
+            p, dp = _rows_and_dp(
+                q, do, k, v, high, low, rows, cols, N, plane, scale, dropout, dprobs,
+                DROPOUT, DPROBS, True, ACC, EXACT, PRECISION,
+            )  # fmt: skip
+            delta += tl.sum(p * dp, 1)
+            total += tl.sum(p, 1)
+        delta /= total
+    else:
+        delta = row_dot(do, load_tile(out_ptr, rows, H * HEAD, N, HEAD, PIECES, True), ACC)
     if KEEP_DELTA:
         tl.store(delta_ptr + rows, delta, mask=rows < N)
     dq = zero_tile(ROWS, PIECES, ACC)
     full = N // STEP * STEP  # tokens in unmasked steps; the rest is TAIL
-    for start in range(0, full, STEP):
-        cols = start + tl.arange(0, STEP)
-        k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, False)
-        v = load_tile(v_ptr, cols, token_stride, N, HEAD, PIECES, False)
-        dq = _add_keys(
-            dq, q, do, k, v, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
-            dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
-            DROPOUT, DPROBS, False, ACC, EXACT, PRECISION,
+    for step in range(0, full, STEP):
+        dq = _take_keys(
+            dq, q, do, k_ptr, v_ptr, high, low, delta, rows, step + tl.arange(0, STEP), N, token_stride, plane, scale,
+            dropout, dprobs, HEAD, PIECES, False, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
         )  # fmt: skip
     for i in tl.static_range(len(TAIL)):
-        cols = full + segment_tokens(TAIL, i)
-        k = load_tile(k_ptr, cols, token_stride, N, HEAD, PIECES, i == len(TAIL) - 1)
-        v = load_tile(v_ptr, cols, token_stride, N, HEAD, PIECES, i == len(TAIL) - 1)
-        dq = _add_keys(
-            dq, q, do, k, v, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
-            dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale,
-            DROPOUT, DPROBS, i == len(TAIL) - 1, ACC, EXACT, PRECISION,
+        dq = _take_keys(
+            dq, q, do, k_ptr, v_ptr, high, low, delta, rows, full + segment_tokens(TAIL, i), N, token_stride, plane, scale,
+            dropout, dprobs, HEAD, PIECES, i == len(TAIL) - 1, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
         )  # fmt: skip
     store_tile(dqkv_ptr, rows, 3 * H * HEAD, N, scale_tile(dq, scale), HEAD, PIECES)
 
 
 @triton.jit
 def _take_queries(
-    dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, delta_ptr, rows, cols, N, H, dprobs_rows,
-    dout_token_stride, token_stride, dprobs_row_stride, dprobs_col_stride,
-    plane, scale, dropout_p, dropout_scale, dprobs_scale,
+    dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, rows, cols, N, H, dout_token_stride, token_stride,
+    plane, scale, dropout, dprobs,
     HEAD: tl.constexpr, PIECES: tl.constexpr, MASKED: tl.constexpr, READ_DELTA: tl.constexpr,
     DROPOUT: tl.constexpr, DPROBS: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Load some queries and add their share to dK and dV."""
+    """Load the queries ``rows`` and add their share to a key tile's dK and dV. P and dP lie transposed, [keys, queries].
+
+    Queries beyond N need no further mask: their q, dO, shift and δ are zeros, so they add zero.
+    """
     q = load_tile(qkv_ptr, rows, token_stride, N, HEAD, PIECES, MASKED)
     do = load_tile(dout_ptr, rows, dout_token_stride, N, HEAD, PIECES, MASKED)
     if READ_DELTA:
@@ -191,40 +184,49 @@ def _take_queries(
     else:
         delta = row_dot(do, load_tile(out_ptr, rows, H * HEAD, N, HEAD, PIECES, MASKED), ACC)
     high, low = _load_shift(lse_ptr, rows, N, scale, ACC, EXACT)
-    return _add_queries(
-        dk, dv, k, v, q, do, high, low, delta, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
-        dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
-    )  # fmt: skip
+    if EXACT:  # the very products that made δ: their rounding errors cancel in dP − δ
+        s = tl.trans(rows_by_rows(q, k, ACC, PRECISION))
+        dp = tl.trans(rows_by_rows(do, v, ACC, PRECISION))
+    else:
+        s = rows_by_rows(k, q, ACC, PRECISION)
+        dp = rows_by_rows(v, do, ACC, PRECISION)
+    p = exp_shifted(s, high[None, :], low[None, :], scale, EXACT)
+    if DROPOUT:
+        seed_ptr, dropout_p, dropout_scale = dropout
+        keep = kept(seed_ptr, plane, rows[None, :], cols[:, None], dropout_p)
+        dv = add_product(dv, tl.where(keep, p * dropout_scale, 0.0), do, PRECISION)
+        dp = tl.where(keep, dp * dropout_scale, 0.0)
+    else:
+        dv = add_product(dv, p, do, PRECISION)
+    dp = _add_dprobs(dp, dprobs, rows[None, :], cols[:, None], N, DPROBS)
+    return add_product(dk, p * (dp - delta[None, :]), q, PRECISION), dv
 
 
 @triton.jit
 def _key_gradient(
-    dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
-    dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
-    plane, start_col, scale, dropout_p, dropout_scale, dprobs_scale,
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, dqkv_ptr, delta_ptr, N, H, dout_token_stride, token_stride, part_stride,
+    plane, start, scale, dropout, dprobs,
     HEAD: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     READ_DELTA: tl.constexpr, DROPOUT: tl.constexpr, DPROBS: tl.constexpr,
     ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of some keys; the pointers are at this (image, head) already."""
-    cols = start_col + tl.arange(0, ROWS)
+    cols = start + tl.arange(0, ROWS)
     k = load_tile(qkv_ptr + part_stride, cols, token_stride, N, HEAD, PIECES, True)
     v = load_tile(qkv_ptr + part_stride + part_stride, cols, token_stride, N, HEAD, PIECES, True)
     dk = zero_tile(ROWS, PIECES, ACC)
     dv = zero_tile(ROWS, PIECES, ACC)
     full = N // STEP * STEP  # tokens in unmasked steps; the rest is TAIL
-    for start in range(0, full, STEP):
+    for step in range(0, full, STEP):
         dk, dv = _take_queries(
-            dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, delta_ptr, start + tl.arange(0, STEP), cols,
-            N, H, dprobs_rows, dout_token_stride, token_stride, dprobs_row_stride, dprobs_col_stride,
-            plane, scale, dropout_p, dropout_scale, dprobs_scale,
+            dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, step + tl.arange(0, STEP), cols, N, H,
+            dout_token_stride, token_stride, plane, scale, dropout, dprobs,
             HEAD, PIECES, False, READ_DELTA, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
         )  # fmt: skip
     for i in tl.static_range(len(TAIL)):
         dk, dv = _take_queries(
-            dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, delta_ptr, full + segment_tokens(TAIL, i), cols,
-            N, H, dprobs_rows, dout_token_stride, token_stride, dprobs_row_stride, dprobs_col_stride,
-            plane, scale, dropout_p, dropout_scale, dprobs_scale,
+            dk, dv, k, v, dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, full + segment_tokens(TAIL, i), cols, N, H,
+            dout_token_stride, token_stride, plane, scale, dropout, dprobs,
             HEAD, PIECES, i == len(TAIL) - 1, READ_DELTA, DROPOUT, DPROBS, ACC, EXACT, PRECISION,
         )  # fmt: skip
     dk_ptr = dqkv_ptr + H * HEAD
@@ -288,18 +290,18 @@ def _attention_bwd_kernel(
         delta_ptr += plane.to(tl.int64) * N
     if DPROBS:
         dprobs_ptr += image * dprobs_image_stride + head * dprobs_head_stride
+    dropout = (seed_ptr, dropout_p, dropout_scale)
+    dprobs = (dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale)
     if GRADIENTS == "queries" or (GRADIENTS == "both" and tile < tiles):
         _query_gradient(
-            dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
-            dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
-            plane, tile * ROWS, scale, dropout_p, dropout_scale, dprobs_scale,
+            dout_ptr, qkv_ptr, out_ptr, lse_ptr, dqkv_ptr, delta_ptr, N, H, dout_token_stride, token_stride, part_stride,
+            plane, tile * ROWS, scale, dropout, dprobs,
             HEAD, PIECES, TAIL, ROWS, STEP, GRADIENTS == "queries", DROPOUT, DPROBS, ACC, EXACT, PRECISION,
         )  # fmt: skip
     else:
         _key_gradient(
-            dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dprobs_ptr, dqkv_ptr, delta_ptr, N, H, dprobs_rows,
-            dout_token_stride, token_stride, part_stride, dprobs_row_stride, dprobs_col_stride,
-            plane, (tile % tiles) * ROWS, scale, dropout_p, dropout_scale, dprobs_scale,
+            dout_ptr, qkv_ptr, out_ptr, lse_ptr, dqkv_ptr, delta_ptr, N, H, dout_token_stride, token_stride, part_stride,
+            plane, tile % tiles * ROWS, scale, dropout, dprobs,
             HEAD, PIECES, TAIL, ROWS, STEP, GRADIENTS == "keys", DROPOUT, DPROBS, ACC, EXACT, PRECISION,
         )  # fmt: skip
 
@@ -335,12 +337,14 @@ def attention_bwd(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
         dout = dout.contiguous()
     numbers, unit = dtypes_of(qkv), stride_unit(dout, qkv)
     dprobs_rows, dprobs_strides, dprobs_scale = _as_planes(dprobs, probs, heads)
-    config = backward_config(tokens, head, qkv.element_size(), target_of(qkv.device))
+    one_launch, config = backward_config(tokens, head, qkv.element_size(), target_of(qkv.device))
     tiles = triton.cdiv(tokens, config["ROWS"])
-    if dprobs is None and tokens <= _ONE_LAUNCH:
+    if one_launch and dprobs is None:
         delta, launches = None, {"both": 2 * tiles}
     else:
-        delta, launches = lse.new_empty(lse.shape, dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32), {"queries": tiles, "keys": tiles}
+        exact = qkv.dtype == torch.float64
+        delta = lse.new_empty(lse.shape, dtype=torch.float64 if exact else torch.float32)
+        launches = {"queries": tiles, "keys": tiles}
     with on_device(qkv):
         for gradients, programs in launches.items():
             _attention_bwd_kernel[(images * heads * programs,)](

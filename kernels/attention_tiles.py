@@ -1,19 +1,18 @@
 """What the forward and the backward of attention share: how a head and the keys are cut into tiles, and work on such tiles.
 
-Triton's tiles have powers of two as sizes; heads of 80 and sequences of 197 do not. So a tile of tokens × channels is a tuple of
-one or two pieces (80 = 64 + 16, not 128), and a sequence a tuple of segments (197 = 128 + 64 + 16, not 256) of which only the
-last is padded. Tuples cost nothing: every loop over them is unrolled by the compiler.
+Triton's tiles have powers of two as sizes; heads of 80 and sequences of 197 do not. So a tile of tokens × channels is a tuple
+of one or two pieces (80 = 64 + 16, not 128), and a sequence a tuple of segments (197 = 128 + 64 + 16, not 256) of which only
+the last is padded. Tuples cost nothing: every loop over them is unrolled by the compiler.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import dot_precision
+from vit_fast.kernels.common import Target, dot_precision
 
 SMALLEST = 16  # a tensor core's shortest edge
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 # Triton's interpreter keeps bfloat16 as its bits and multiplies those; products of bfloat16 are exact in float32.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -34,11 +33,21 @@ def split(size: int, parts: int, largest: int = 1 << 30) -> tuple[int, ...]:
     return (whole,) if first + sum(rest) >= whole and whole <= largest else (first, *rest)
 
 
+def reads_shared_memory(target: Target) -> bool:
+    """Whether products take their operands from shared memory (wgmma, tcgen05), not from registers: more of these are free."""
+    return target.backend == "cuda" and 90 <= target.arch < 120
+
+
+def rows_and_warps(tokens: int) -> tuple[int, int]:
+    """Rows that a program keeps: 128, for each is met by the whole sequence; 64 where 128 would pad by over an eighth more."""
+    return (128, 8) if -tokens % 128 - -tokens % 64 <= tokens // 8 else (64, 4)
+
+
 def dtypes_of(qkv: torch.Tensor) -> dict:
     """The constexprs that follow from the tensors' dtype.
 
-    ACC is what everything between two products is computed in. EXACT subtracts the row's maximum before it scales by log2 e, where
-    16-bit inputs do both in one fused multiply-add: at logits of 1e4 that rounds by 1e-3, too much for float32's budget.
+    ACC is what everything between two products is computed in. EXACT subtracts a row's maximum before it scales the scores;
+    16-bit inputs do both in one fused multiply-add, which at logits of 1e4 rounds by 1e-3, too much for float32's budget.
     """
     return {
         "ACC": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
@@ -74,8 +83,8 @@ def dropout_scale(dropout_p: float) -> float:
 def stride_unit(*tensors: torch.Tensor) -> int:
     """The largest power of two, 16 bytes at most, that divides the tensors' outer strides.
 
-    Triton tells its compiler of a stride that 16 divides, and of nothing else; heads of 72 or 88 would be read one by one. So the
-    strides of a tensor's images, tokens, parts and heads are handed over in this unit, and `in_elements` multiplies them.
+    Triton tells its compiler of a stride that 16 divides, and of nothing else: heads of 72 or 88 would be read channel by
+    channel. So the outer strides are handed over in this unit, and `in_elements` multiplies them.
     """
     unit = 16 // tensors[0].element_size()
     while any(stride % unit for tensor in tensors for stride in tensor.stride()[:-1]):
@@ -182,44 +191,38 @@ def masked_scores(q, k, cols, N, MASKED: tl.constexpr, ACC: tl.constexpr, PRECIS
 
 
 @triton.jit
-def binary(scale):
-    """scale · log2 e in float32: one rounding for all who need it, so that it cancels between forward and backward."""
-    return tl.cast(scale, tl.float32) * LOG2E
-
-
-@triton.jit
 def max_shift(highest, scale, EXACT: tl.constexpr):
     """A row's highest score as `exp_shifted` takes it."""
     if EXACT:
         return highest
-    return highest * binary(scale)
+    return highest * (scale * LOG2E)
 
 
 @triton.jit
 def exp_shifted(scores, high, low, scale, EXACT: tl.constexpr):
     """exp(scale · scores − shift), the shift as `max_shift` or `lse_shift` gives it, broadcast against the scores."""
     if EXACT:
-        return tl.exp2((scores - high - low) * binary(scale))
-    return tl.exp2(scores * binary(scale) - high)
+        return tl.exp((scores - high - low) * scale)
+    return tl.exp2(scores * (scale * LOG2E) - high)
 
 
 @triton.jit
 def log_sum(highest, total, scale, EXACT: tl.constexpr):
     """log Σ exp(scale · scores) of rows with these highest scores and sums of exp(scale · (scores − highest))."""
     if EXACT:
-        return (highest.to(tl.float64) * binary(scale).to(tl.float64) + tl.log2(total).to(tl.float64)) * LN2
-    return (highest * binary(scale) + tl.log2(total)) * LN2
+        return highest.to(tl.float64) * tl.cast(scale, tl.float32).to(tl.float64) + tl.log(total.to(tl.float64))
+    return highest * scale + tl.log(total)
 
 
 @triton.jit
 def lse_shift(lse, scale, ACC: tl.constexpr, EXACT: tl.constexpr):
     """What `log_sum` gave as `exp_shifted` takes it: (high, low).
 
-    EXACT: in the scores' own unit and cut in two, for a single float32 would round by up to 1e-3 at logits of 1e4 and by 5e-7 at
-    ordinary ones, an error of all of the row's probabilities at once. Else one number, times log2 e.
+    EXACT: in the scores' own unit and cut in two, for a single float32 would round by up to 1e-3 at logits of 1e4 and by 5e-7
+    at ordinary ones, an error of all of the row's probabilities at once. Else one number, times log2 e.
     """
     if EXACT:
-        shift = lse * LOG2E / binary(scale).to(tl.float64)
+        shift = lse / tl.cast(scale, tl.float32).to(tl.float64)
         high = shift.to(ACC)
         return high, (shift - high.to(tl.float64)).to(ACC)
     return lse * LOG2E, tl.zeros_like(lse)
@@ -227,7 +230,7 @@ def lse_shift(lse, scale, ACC: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def kept(seed_ptr, plane, rows, cols, dropout_p):
-    """Which probabilities dropout keeps: a random bit for (seed, image and head, query, key), wherever and whenever it is asked.
+    """Which probabilities dropout keeps: random numbers of (seed, image and head, query, key), the same whoever asks.
 
     ``rows`` and ``cols`` come broadcastable against each other, as [R, 1] and [1, C] or the other way round.
     """

@@ -55,6 +55,6 @@ def on_device(tensor: torch.Tensor):
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 products follow torch.backends.cuda.matmul's TF32 setting."""
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        return "ieee"
-    return "tf32"  # has no effect on 16-bit operands
+    # 16-bit operands have one precision, which Triton calls "ieee"; so do products on AMD's GPUs, not all of which have TF32.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"

@@ -32,14 +32,14 @@ class Config(NamedTuple):
     programs: int  # down the rows; as many beside them as there are blocks of columns
 
 
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # bounds the partial sums of the bias gradient
+_PROGRAMS_PER_MULTIPROCESSOR = 8  # all resident, at under 64 registers a thread; bounds the bias gradient's partial sums
 
 
 def gelu_bwd_config(rows: int, columns: int, target: Target) -> Config:
-    """The launch of the backward pass: 32 elements a thread, which is four 16-byte loads of each operand in 16 bit."""
-    block_rows, block_columns = 16, 256
+    """The launch of the backward pass: 16 elements a thread, which is two 16-byte loads of each operand in 16 bit."""
+    block_rows, block_columns = 8, 256
     resident = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * target.multiprocessors, triton.cdiv(columns, block_columns))
-    return Config(block_rows, block_columns, 4, 2, min(triton.cdiv(rows, block_rows), resident))
+    return Config(block_rows, block_columns, 4, 3, min(triton.cdiv(rows, block_rows), resident))
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

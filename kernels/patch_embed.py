@@ -19,38 +19,50 @@ from vit_fast.kernels.common import Target, dot_precision, on_device, target_of
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
 # (rows, columns, depth of a step, warps, stages), largest first: forward_config takes the first that suits the shape.
-# Chosen by compiling for sm_80, sm_90 and sm_100 with Triton 3.6 and 3.9: no spills. sm_90's widest reads least from the L2, which
-# two programs of 128 columns, though they overlap one's epilogue with the other's products, would load beyond its speed.
-# "narrow": where a patch's pixels come in runs of less than 16 bytes (P = 14), addresses take registers that a step of 64 needs.
+# Chosen by compiling for sm_80, sm_90 and sm_100 with Triton 3.6 and 3.9: no spills. sm_90's widest does 85 FLOP a byte from
+# the L2; two programs of 128 columns would overlap one's epilogue with the other's products, but do 64, which asks for more
+# than the L2 gives. "narrow": where a patch's pixels come in runs of less than 16 bytes (P = 14), addresses take the registers
+# of a step of 64; "scattered": in runs of less than 4 bytes, below which no load is asynchronous, the tile's registers too.
 _FORWARD = {
     "16-bit, sm_90": ((128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
     "16-bit, sm_90, narrow": ((128, 256, 32, 8, 4), (128, 128, 32, 4, 4), (64, 64, 32, 4, 4), (64, 32, 32, 4, 4)),
-    "16-bit": ((128, 128, 32, 4, 3), (64, 64, 32, 4, 4), (32, 32, 64, 4, 3)),
+    "16-bit, sm_90, scattered": ((128, 128, 32, 4, 4), (64, 64, 32, 4, 4), (64, 32, 32, 4, 4)),
+    "16-bit": ((128, 128, 32, 8, 4), (64, 64, 32, 4, 4), (32, 32, 64, 4, 3)),
+    "16-bit, hip": ((128, 128, 32, 4, 2), (64, 64, 32, 4, 2), (32, 32, 64, 4, 2)),
     "tf32": ((128, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     "ieee": ((64, 64, 16, 4, 2), (32, 32, 16, 4, 2)),
 }
 _BACKWARD = {
     "16-bit, sm_90": (128, 128, 64, 8, 3),
     "16-bit": (128, 128, 32, 8, 3),
+    "16-bit, hip": (128, 128, 32, 8, 2),
     "tf32": (128, 64, 32, 4, 3),
     "ieee": (64, 64, 16, 4, 2),
 }
 _LEAST_STEPS = 8  # of a share of the weight's gradient: below that its partial sums cost more than its products
 
 
+def _precision(dtype: torch.dtype, target: Target) -> str:
+    """`dot_precision`, where the target has it: not every AMD one knows TF32, and Triton refuses to compile for those."""
+    return "ieee" if target.backend == "hip" else dot_precision(dtype)
+
+
 def _class(dtype: torch.dtype, target: Target) -> str:
     if dtype.itemsize != 2:
-        return dot_precision(dtype)
-    return "16-bit, sm_90" if target.backend == "cuda" and target.arch in (90, 100) else "16-bit"
+        return _precision(dtype, target)
+    if target.backend == "hip":
+        return "16-bit, hip"
+    return "16-bit, sm_90" if target.arch in (90, 100) else "16-bit"
 
 
-def forward_config(rows: int, width: int, run: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int, int, int]:
+def forward_config(rows: int, width: int, run: int, dtype: torch.dtype, target: Target) -> tuple[int, ...]:
     """(rows, columns, depth of a step, warps, stages) of a program, for [rows, K] by [K, width]; run: bytes, see `_run`.
 
     The first whose columns exceed the width by less than an eighth and which gives every multiprocessor a program.
     """
     name = _class(dtype, target)
-    tiles = _FORWARD.get(f"{name}, narrow", _FORWARD[name]) if run < 16 else _FORWARD[name]
+    suffix = "" if run >= 16 else ", narrow" if run >= 4 else ", scattered"
+    tiles = _FORWARD.get(name + suffix, _FORWARD[name])
     for block_m, block_n, *rest in tiles:
         padded = triton.cdiv(width, block_n) * block_n
         if 8 * padded <= 9 * width and triton.cdiv(rows, block_m) * padded // block_n >= target.multiprocessors:
@@ -58,7 +70,7 @@ def forward_config(rows: int, width: int, run: int, dtype: torch.dtype, target: 
     return tiles[-1]
 
 
-def backward_config(rows: int, width: int, depth: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int, int, int, int]:
+def backward_config(rows: int, width: int, depth: int, dtype: torch.dtype, target: Target) -> tuple[int, ...]:
     """(rows, columns, patches of a step, warps, stages, shares) for the weight's gradient [width, depth] over all patches."""
     block_m, block_n, block_r, warps, stages = _BACKWARD[_class(dtype, target)]
     tiles = triton.cdiv(width, block_m) * triton.cdiv(depth, block_n)
@@ -141,7 +153,7 @@ def _halves(x):
 
 @triton.jit
 def _finish(acc, bias_ptr, cls_token_ptr, position_ptr, out_ptr, token, n, rows, position_stride, D: tl.constexpr):
-    """Bias, class rows and position to a tile of products, and out with it; out_ptr is its first row, rows are left from there."""
+    """Add bias and position, put in class rows, store. out_ptr is the tile's first row; so many rows are left from there."""
     in_n = n < D
     row = tl.arange(0, acc.shape[0])
     mask = (row < rows)[:, None] & in_n[None, :]
@@ -152,7 +164,7 @@ def _finish(acc, bias_ptr, cls_token_ptr, position_ptr, out_ptr, token, n, rows,
     tl.store(out_ptr + row[:, None] * D + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "grid_w"])
+@triton.jit(do_not_specialize=["rows", "tokens", "grid_w", "depth"])
 def _patch_embed_fwd_kernel(
     images_ptr,  # [B, C, H, W]
     weight_ptr,  # [D, K], contiguous
@@ -165,6 +177,7 @@ def _patch_embed_fwd_kernel(
     rows,  # B · tokens
     tokens,
     grid_w,
+    depth,  # K again: a loop of known length would be unrolled whole, which takes registers that there are not
     image_stride,
     c_stride,
     h_stride,
@@ -201,14 +214,14 @@ def _patch_embed_fwd_kernel(
     in_m = (tl.arange(0, BLOCK_M) < left_rows) & (token > 0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], acc_type)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, depth, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < K
         offset, channel = _in_patch(k, c_stride, h_stride, w_stride, C, PH, PW, PIXELS)
         scale, shift = None, None
         if mean_ptr is not None:
             if not PIXELS and PH * PW % BLOCK_K == 0:  # one channel a step
-                channel = tl.broadcast_to(start // (PH * PW), [BLOCK_K])
+                channel = tl.full([BLOCK_K], start // (PH * PW), tl.int32)
             scale, shift = _normalisation(images_ptr, mean_ptr, std_ptr, channel, C, acc_type)
         x = _gather(images_ptr, origin, in_m, offset, in_k, scale, shift, dtype, K_FIRST)
         w = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=in_k[:, None] & in_n[None, :], other=0.0)
@@ -287,6 +300,9 @@ def _patch_embed_bwd_kernel(
 # ---- Launchers ------------------------------------------------------------------------------------------------------
 
 
+_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
 def _layout(images: torch.Tensor, weight: torch.Tensor) -> dict:
     """How a kernel walks over a patch."""
     _, c, ph, pw = weight.shape
@@ -314,15 +330,14 @@ def patch_embed_fwd(images, weight, bias, cls_token, position_embeddings, mean, 
     layout = _layout(images, weight)
     # The weight in the order of the patch: as it lies in memory, or a copy of it where it lies otherwise (1.2 MB for ViT-B/16).
     matrix = (weight.permute(0, 2, 3, 1) if layout["PIXELS"] else weight).contiguous()
-    block_m, block_n, block_k, warps, stages = forward_config(
-        batch * tokens, width, _run(images, layout), weight.dtype, target_of(images.device)
-    )
+    target, run = target_of(images.device), _run(images, layout)
+    block_m, block_n, block_k, warps, stages = forward_config(batch * tokens, width, run, weight.dtype, target)
     with on_device(images):
         _patch_embed_fwd_kernel[(triton.cdiv(batch * tokens, block_m) * triton.cdiv(width, block_n),)](
             images, matrix, bias, cls_token, position_embeddings, mean, std, out,
-            batch * tokens, tokens, grid_w,
+            batch * tokens, tokens, grid_w, weight[0].numel(),
             *images.stride(), position_embeddings.stride(1),
-            D=width, **layout, PRECISION=dot_precision(weight.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            D=width, **layout, PRECISION=_precision(weight.dtype, target), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
@@ -353,8 +368,8 @@ def _weight_gradient(dout, images, weight, mean, std):
     if rows == 0:
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     layout = _layout(images, weight)
-    config = backward_config(rows, width, depth, weight.dtype, target_of(images.device))
-    block_m, block_n, block_r, warps, stages, shares = config
+    target = target_of(images.device)
+    block_m, block_n, block_r, warps, stages, shares = backward_config(rows, width, depth, weight.dtype, target)
     share = block_r * triton.cdiv(rows, shares * block_r)
     shares = triton.cdiv(rows, share)
     acc_type = torch.promote_types(weight.dtype, torch.float32)
@@ -363,7 +378,7 @@ def _weight_gradient(dout, images, weight, mean, std):
         _patch_embed_bwd_kernel[(triton.cdiv(width, block_m) * triton.cdiv(depth, block_n), shares)](
             dout, images, mean, std, partials,
             rows, patches, grid_w, share, *images.stride(),
-            dtype=_TRITON[weight.dtype], D=width, **layout, PRECISION=dot_precision(weight.dtype),
+            dtype=_TRITON[weight.dtype], D=width, **layout, PRECISION=_precision(weight.dtype, target),
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     total = partials.sum(0)
@@ -372,23 +387,22 @@ def _weight_gradient(dout, images, weight, mean, std):
     return dweight.copy_(total)
 
 
-_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 def _images_gradient(dout, images, weight, std):
     """The product Eᵀ · doutᵀ, [B, K, patches], moved to where the patches came from.
 
-    Stock PyTorch: only a convolutional stem asks for it in training, whose 1×1 patches make it the result itself, in one product.
+    Stock PyTorch: in training only a convolutional stem asks for it, and its 1×1 patches make the product the result itself.
     """
     batch, c, height, width = images.shape
     ph, pw = weight.shape[2:]
     grid_h, grid_w = height // ph, width // pw
-    product = torch.matmul(weight.flatten(1).t(), dout[:, 1:].to(weight.dtype).transpose(1, 2))
-    product = product.view(batch, c, ph, pw, grid_h, grid_w).permute(0, 1, 4, 2, 5, 3)
+    matrix = weight.flatten(1).t().expand(batch, -1, -1)
+    product = torch.bmm(matrix, dout[:, 1:].to(weight.dtype).transpose(1, 2))
     if std is not None:
-        product = product / std.view(-1, 1, 1, 1, 1)
-    whole = (grid_h * ph, grid_w * pw) == (height, width)
-    dimages = (torch.empty if whole else torch.zeros)(images.shape, dtype=images.dtype, device=images.device)
-    covered = dimages[:, :, : grid_h * ph, : grid_w * pw]
-    covered.unflatten(3, (grid_w, pw)).unflatten(2, (grid_h, ph)).copy_(product)
+        product = product / std.repeat_interleave(ph * pw).view(-1, 1)
+    product = product.view(batch, c, ph, pw, grid_h, grid_w).permute(0, 1, 4, 2, 5, 3)
+    covered = product.reshape(batch, c, grid_h * ph, grid_w * pw).to(images.dtype)
+    if covered.shape == images.shape:
+        return covered
+    dimages = torch.zeros(images.shape, dtype=images.dtype, device=images.device)
+    dimages[:, :, : grid_h * ph, : grid_w * pw] = covered
     return dimages

@@ -14,7 +14,7 @@ from vit_fast.kernels import attention_bwd as backward_kernels
 from vit_fast.kernels.attention_tiles import split
 from vit_fast.kernels.common import TARGETS
 from vit_fast.ops.attention import PROBS, attention, attention_reference
-from vit_fast.testing import assert_within_budget, error, randn, with_gradients
+from vit_fast.testing import assert_within_budget, randn, with_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -62,11 +62,11 @@ def design(request, monkeypatch):
         return config | {"COLUMNS": 32, "TAIL": split(tokens % 32, 2, 32)}
 
     def backward(tokens, head, itemsize, target):
-        return {"PIECES": split(head, 2), "ROWS": 32, "STEP": 32, "TAIL": split(tokens % 32, 2, 32)}
+        config = {"PIECES": split(head, 2), "ROWS": 32, "STEP": 32, "TAIL": split(tokens % 32, 2, 32)}
+        return request.param == "short" and itemsize == 2, config
 
     monkeypatch.setattr(kernels, "forward_config", forward)
     monkeypatch.setattr(backward_kernels, "backward_config", backward)
-    monkeypatch.setattr(backward_kernels, "_ONE_LAUNCH", 4096 if request.param == "short" else 0)
 
 
 BOTH_DESIGNS = pytest.mark.parametrize("design", ["short", "streaming"], indirect=True)
@@ -101,11 +101,9 @@ def check(name, qkv, probs="none"):
 
 # (B, N, H, d): the testing config; one token; whole tiles; tails of one and two segments, one of them a single token.
 SHAPES = [(2, 1, 1, 1), (2, 1, 2, 16), (1, 64, 1, 16), (2, 50, 2, 24), (1, 97, 1, 80), (1, 37, 3, 40)]
-REAL = (
-    [(8, 197, 12, 64), (4, 257, 16, 80), (2, 257, 16, 88), (2, 577, 16, 64), (8, 50, 12, 64), (2, 785, 12, 64), (1, 1025, 16, 72)]
-    if GPU
-    else []
-)
+REAL = []
+if GPU:
+    REAL = [(8, 197, 12, 64), (4, 257, 16, 80), (2, 257, 16, 88), (2, 577, 16, 64), (8, 50, 12, 64), (2, 785, 12, 64)]
 
 
 @pytest.mark.parametrize("name, dtype", ON)
@@ -139,11 +137,6 @@ def test_numbers_of_tokens(dtype, tokens, device):
 @pytest.mark.parametrize("head", [3, 32, 72, 88, 96, 104, 112, 128, 200, 256])
 def test_head_sizes(head, device):
     check("triton", packed((1, 20, 2, head), torch.float16, device))
-
-
-def test_float32_is_as_accurate_as_float32(device):
-    """Softmax statistics that were rounded to float32 would show in the gradient at these scores."""
-    check("triton", packed((1, 45, 1, 16), device=device, scale=6.0), "all")
 
 
 # ---- Strides --------------------------------------------------------------------------------------------------------
@@ -226,9 +219,13 @@ def test_offsets_past_2_to_the_31(design, axis, device):
 # ---- Values ---------------------------------------------------------------------------------------------------------
 
 
+def _numbers(qkv):
+    return torch.arange(qkv.shape[1], device=qkv.device)[:, None, None, None]
+
+
 def _peaked(qkv, logit):
     """Scores of ±logit: q and k are ± the same vector."""
-    sign = torch.where(torch.arange(qkv.shape[1], device=qkv.device) % 3 == 0, 1.0, -1.0)[:, None, None]
+    sign = torch.where(_numbers(qkv)[..., 0] % 3 == 0, 1.0, -1.0)
     qkv[:, :, 0] = sign * math.sqrt(abs(logit) / math.sqrt(qkv.shape[-1])) * math.copysign(1, logit)
     qkv[:, :, 1] = sign * math.sqrt(abs(logit) / math.sqrt(qkv.shape[-1]))
     return qkv
@@ -238,11 +235,11 @@ EXTREME = {
     "logits of 1e4 and -1e4": lambda qkv: _peaked(qkv, 1e4),
     "logits of -1e4 and 1e4": lambda qkv: _peaked(qkv, -1e4),
     "equal tokens": lambda qkv: qkv[:, :1].expand_as(qkv).clone(),
-    "equal tokens, logits of 1e4": lambda qkv: torch.cat([torch.full_like(qkv[:, :, :2], 50.0), qkv[:, :, 2:]], 2),
-    "all logits -1e4": lambda qkv: torch.cat([-torch.full_like(qkv[:, :, :1], 50.0), 0 * qkv[:, :, 1:2] + 50.0, qkv[:, :, 2:]], 2),
+    "equal logits of 1e4": lambda qkv: torch.cat([torch.full_like(qkv[:, :, :2], 50.0), qkv[:, :, 2:]], 2),
+    "equal logits of -1e4": lambda qkv: torch.cat([0 * qkv[:, :, :1] - 50, 0 * qkv[:, :, 1:2] + 50, qkv[:, :, 2:]], 2),
     "zeros": lambda qkv: 0 * qkv,
-    "one key far above": lambda qkv: torch.where(torch.arange(qkv.shape[1], device=qkv.device)[:, None, None, None] == 5, 30.0, qkv),
-    "scattered logits of hundreds": lambda qkv: 12 * qkv,
+    "one token far above": lambda qkv: torch.where(_numbers(qkv) == 5, 30.0, qkv),
+    "scattered logits of hundreds": lambda qkv: torch.cat([(12 * qkv[:, :, :2]).round(), qkv[:, :, 2:]], 2),  # q kᵀ is exact
 }
 
 
@@ -264,6 +261,8 @@ def test_extreme_values_elsewhere(name, values, device):
 @pytest.mark.parametrize("probs", PROBS)
 @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8)], ids=str)
 def test_nothing(name, probs, shape, device):
+    if shape[1] == 0 and probs == "class_token":
+        pytest.skip("no tokens, no class token")
     results, (gradient,) = run(name, packed(shape, device=device), probs)
     images, tokens, heads, head = shape
     assert results[0].shape == (images, tokens, heads * head) and gradient.shape == (images, tokens, 3, heads, head)
@@ -272,8 +271,7 @@ def test_nothing(name, probs, shape, device):
 
 
 def test_same_bits_every_time(device):
-    qkv = packed((2, 50, 2, 24), device=device)
-    first, second = run("triton", qkv, "all", 0.2), None
+    qkv = packed((1, 37, 2, 16), device=device)
     torch.manual_seed(3)
     first = run("triton", qkv, "all", 0.2)
     torch.manual_seed(3)
@@ -304,12 +302,12 @@ def _dropped(qkv, p, seed):
 @pytest.mark.parametrize("probs", PROBS)
 def test_dropout(design, probs, device):
     """What is dropped: the right share, nothing systematic; the rest is scaled. The gradient belongs to the same mask."""
-    p, tokens = 0.3, 40
+    p, tokens = 0.3, 33
     qkv = packed((2, tokens, 2, tokens), device=device)
     dropped = _dropped(qkv, p, seed=5)
-    exact = attention_reference(qkv.double(), 0.0, "all")[1]
+    reference, exact = (attention_reference(t, 0.0, "all")[1] for t in (qkv, qkv.double()))
     mask = dropped != 0
-    assert_within_budget(dropped * (1 - p), exact.float() * mask, exact * mask)
+    assert_within_budget(dropped * (1 - p), reference * mask, exact * mask)
     assert abs(mask.double().mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / mask.numel())
     planes = mask.flatten(0, 1).double()
     for a in range(4):  # no two (image, head) share a mask, no two rows or columns of one do
@@ -403,14 +401,16 @@ def test_refused(call, kind, message):
 )
 def test_refused_by_the_kernels(qkv, message, device):
     qkv = qkv(device)
-    with backends.use("triton"), pytest.raises(RuntimeError, match=f"attention: implementation 'triton' cannot run: .*{message}"):
+    refusal = f"attention: implementation 'triton' cannot run: .*{message}"
+    with backends.use("triton"), pytest.raises(RuntimeError, match=refusal):
         attention(qkv, 1)
     with backends.use("auto"):
         assert attention(qkv, 1).isfinite().all()
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("probs", PROBS)
+@pytest.mark.parametrize(
+    "probs, dropout_p", [("none", 0.0), ("none", 0.4), ("all", 0.4), ("class_token", 0.0), ("head_mean", 0.0)]
+)
 def test_opcheck(probs, dropout_p, device):
     qkv = VIEWS["tokens first"](packed((3, 2, 2, 16), torch.float16, device))
     seed = torch.tensor([11], device=device) if dropout_p else None
@@ -422,8 +422,7 @@ def test_opcheck(probs, dropout_p, device):
     torch.library.opcheck(torch.ops.vit_fast.attention_bwd.default, backward)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("probs", ["none", "head_mean"])
+@pytest.mark.parametrize("probs, dropout_p", [("none", 0.0), ("head_mean", 0.0), ("none", 0.4)])
 def test_compile(probs, dropout_p, device):
     qkv = packed((2, 5, 2, 16), device=device)
     compiled = torch.compile(attention, fullgraph=True, backend="inductor" if GPU else "aot_eager")
@@ -444,8 +443,9 @@ def test_compile(probs, dropout_p, device):
             assert all(t.isfinite().all() for t in results)
 
 
-@BOTH_DESIGNS
-@pytest.mark.parametrize("probs", PROBS)
+@pytest.mark.parametrize(
+    "design, probs", [("short", "none"), ("short", "all"), ("streaming", "head_mean")], indirect=["design"]
+)
 def test_gradcheck(design, probs):
     if GPU:
         pytest.skip("float64 runs in the interpreter only")
@@ -461,9 +461,8 @@ def test_gradcheck(design, probs):
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, parts, expected", [(197, 3, (128, 64, 16)), (257, 3, (256, 16)), (50, 3, (64,)), (80, 2, (64, 16))])
-def test_split(size, parts, expected):
-    assert split(size, parts) == expected
+def test_split():
+    assert split(197, 3) == (128, 64, 16) and split(257, 3) == (256, 16) and split(50, 3) == (64,) and split(80, 2) == (64, 16)
 
 
 def test_split_covers():
@@ -481,7 +480,7 @@ def test_every_token_is_covered_once(target, itemsize):
     for tokens in (1, 17, 50, 197, 257, 577, 1025, 4096):
         for head in (1, 64, 72, 80, 128, 256):
             forward = kernels.forward_config(tokens, head, itemsize, target)
-            backward = backward_kernels.backward_config(tokens, head, itemsize, target)
+            _, backward = backward_kernels.backward_config(tokens, head, itemsize, target)
             if "SEGMENTS" in forward:
                 assert 0 <= sum(forward["SEGMENTS"]) - tokens < forward["SEGMENTS"][-1]
             for step, tail in [(forward.get("COLUMNS"), forward.get("TAIL")), (backward["STEP"], backward["TAIL"])]:

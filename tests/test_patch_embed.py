@@ -56,7 +56,9 @@ def check(implementation, tensors, normalised=False):
             assert (a is None) == (r is None)
             if a is not None:
                 assert a.dtype == r.dtype
-                assert_within_budget(a, r, e, f"{what}[{i}]")
+                # What exact is computed in has no exact values to be held to: float64 gets a rounding step of float32.
+                step = torch.float32 if a.dtype == torch.float64 else a.dtype
+                assert_within_budget(a, r, e, f"{what}[{i}]", dtype=step)
 
 
 # images, patch, width: one pixel; the hybrid's 1×1 patches; a rest in both directions, patches and grids that are not square;
@@ -94,8 +96,7 @@ LAYOUTS = {
     "planes first": lambda images: images.transpose(0, 1).contiguous().transpose(0, 1),
     "transposed": lambda images: images.transpose(2, 3).contiguous().transpose(2, 3),
     "window": lambda images: torch.nn.functional.pad(images, (3, 5, 2, 4))[:, :, 2:-4, 3:-5],
-    "some channels of channels_last": lambda images: images.repeat(1, 2, 1, 1)
-    .contiguous(memory_format=torch.channels_last)[:, 1 : 1 + images.shape[1]],
+    "some channels of channels_last": lambda images: LAYOUTS["channels_last"](images.repeat(1, 2, 1, 1))[:, 1:4],
     "expanded": lambda images: images[:1].expand(images.shape),
     "every other pixel": lambda images: images.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, ::2, ::2],
 }
@@ -150,8 +151,9 @@ def test_class_row_is_no_product(normalised, device):
     """Token 0 is the class token and its position, exactly, whatever the weight holds."""
     images = draw_images((2, 3, 8, 8), torch.uint8 if normalised else torch.float32, device)
     weight, bias, cls_token, position = parameters(images, (4, 4), 24, torch.float32, device)
+    mean, std = (MEAN[:3], STD[:3]) if normalised else (None, None)
     with backends.use("triton"):
-        out = patch_embed(images, weight * float("inf"), bias, cls_token, position, *((MEAN[:3], STD[:3]) if normalised else ()))
+        out = patch_embed(images, weight * float("inf"), bias, cls_token, position, mean, std)
     assert torch.equal(out[:, :1], (cls_token + position[:, :1]).expand(2, 1, 24))
     assert not out[:, 1:].isfinite().any()
 
@@ -263,8 +265,8 @@ def test_refused_by_the_operation(change, error, message, device):
     [
         (dict(bias=lambda t: t.repeat_interleave(2)[::2]), "bias with contiguous rows, got strides \\(2,\\)"),
         (dict(position_embeddings=lambda t: t.mT.contiguous().mT), "position_embeddings with contiguous rows"),
-        (dict(images=lambda t: t[:, :, :3], position_embeddings=lambda t: t[:, :1]), r"images of \[3, 8\] hold no patch of \[4, 4\]"),
-        (dict(images=lambda t: t.repeat(1, 6, 1, 1), weight=lambda t: t.repeat(1, 6, 1, 1), mean=18, std=18), "at most 16 channels"),
+        (dict(images=lambda t: t[:, :, :3], position_embeddings=lambda t: t[:, :1]), r"\[3, 8\] hold no patch of \[4, 4\]"),
+        (dict(images=lambda t: t.repeat(1, 6, 1, 1), weight=lambda t: t.repeat(1, 6, 1, 1), mean=18, std=18), "at most 16"),
     ],
 )
 def test_refused_by_the_kernels(change, message, device):

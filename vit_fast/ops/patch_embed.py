@@ -147,8 +147,8 @@ def _triton_supports(images, weight, bias, cls_token, position_embeddings, mean,
         return f"it takes a weight of less than 2**31 elements, got {weight.numel()}"
     if mean is not None and mean.shape[0] > 16:
         return f"it normalises images of at most 16 channels, got {mean.shape[0]}"
-    rows = (("bias", bias), ("cls_token", cls_token), ("position_embeddings", position_embeddings), ("mean", mean), ("std", std))
-    for name, tensor in rows:
+    named = dict(bias=bias, cls_token=cls_token, position_embeddings=position_embeddings, mean=mean, std=std)
+    for name, tensor in named.items():
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
             return f"it takes {name} with contiguous rows, got strides {tensor.stride()}"
     return None
