@@ -211,7 +211,8 @@ def log_sum(highest, total, scale, EXACT: tl.constexpr):
     """log Σ exp(scale · scores) of rows with these highest scores and sums of exp(scale · (scores − highest))."""
     if EXACT:
         return highest.to(tl.float64) * tl.cast(scale, tl.float32).to(tl.float64) + tl.log(total.to(tl.float64))
-    return highest * scale + tl.log(total)
+    else:
+        return highest * scale + tl.log(total)
 
 
 @triton.jit
@@ -225,7 +226,8 @@ def lse_shift(lse, scale, ACC: tl.constexpr, EXACT: tl.constexpr):
         shift = lse / tl.cast(scale, tl.float32).to(tl.float64)
         high = shift.to(ACC)
         return high, (shift - high.to(tl.float64)).to(ACC)
-    return lse * LOG2E, tl.zeros_like(lse)
+    else:
+        return lse * LOG2E, tl.zeros_like(lse)
 
 
 @triton.jit
