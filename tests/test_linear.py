@@ -501,3 +501,22 @@ def test_choices_fit_their_target(target):
         config = gelu_kernels.gelu_bwd_config(rows, columns, target)
         assert 1 <= config.programs <= -(-rows // config.rows)
         assert (config.programs - 1) * -(-columns // config.columns) <= 8 * target.multiprocessors
+
+
+@pytest.mark.parametrize("columns", [2048, 2100])
+def test_wide_products_in_blocks_on_few_threads(columns):
+    """The stock implementation's blocks of columns, the last one narrower, on a strided input, against the product whole."""
+    x, weight, bias = randn(2, 14, 24)[:, ::2], randn(columns, 24, seed=1), randn(columns, seed=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with backends.use("torch"):
+            whole = linear(x, weight, bias, activation="gelu")
+            with torch.no_grad():
+                blocks = linear(x, weight, bias, activation="gelu")
+        with backends.use("reference"):
+            exact = linear(x.double(), weight.double(), bias.double(), activation="gelu")
+            assert_within_budget(blocks, linear(x, weight, bias, activation="gelu"), exact)
+        torch.testing.assert_close(blocks, whole)
+    finally:
+        torch.set_num_threads(threads)

@@ -47,7 +47,7 @@ def mlp_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, res
 
 def linear_torch(x, weight, bias, activation, residual):
     """The same with the epilogue computed in place where autograd allows it: fewer fresh pages, less memory."""
-    y = F.linear(x, weight, bias)
+    y = _in_blocks(x, weight, bias) if _gains_from_blocks(x, weight, bias) else F.linear(x, weight, bias)
     in_place = not torch.compiler.is_compiling()  # the compiler fuses the epilogue itself
     if activation is not None:
         approximate = ACTIVATIONS[activation]
@@ -61,6 +61,31 @@ def linear_torch(x, weight, bias, activation, residual):
     if in_place and y.dtype == residual.dtype and activation is None:
         return y.add_(residual)  # no derivative needs the sum's inputs
     return y + residual
+
+
+# On a few cores BLAS is faster at several narrow products than at one wide one. AMD EPYC (Zen 3), 2 threads, float32, torch
+# 2.13 (MKL), 2026-11-22: [197, 768] by 2,304 columns 5.47 ms whole, 5.08 ms in blocks of 512; by 3,072 columns 8.33 and 7.34 ms; at
+# 1,576 rows 47.1 and 46.2 ms, 67.6 and 65.4 ms. By 1,536 columns of depth 384 nothing is gained. More threads: not measured.
+_BLOCK_COLUMNS, _WIDE, _FEW_THREADS = 512, 2048, 4
+
+
+def _gains_from_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if weight.shape[0] < _WIDE or bias is None or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    # Writing into a part of the result is for plain tensors, outside autograd, autocast, transforms and compilers.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or type(x) is not Tensor:
+        return False
+    return torch.get_num_threads() <= _FEW_THREADS and not torch._C._are_functorch_transforms_active()
+
+
+def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b, a block of columns at a time."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    for start in range(0, weight.shape[0], _BLOCK_COLUMNS):
+        block = slice(start, start + _BLOCK_COLUMNS)
+        torch.addmm(bias[block], rows, weight[block].t(), out=y[:, block])
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def mlp_torch(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual):
