@@ -63,7 +63,7 @@ def linear_torch(x, weight, bias, activation, residual):
     return y + residual
 
 
-# On a few cores BLAS is faster at several narrow products than at one wide one. On an AMD EPYC (Zen 3), 2 threads, float32, with
+# On a few cores BLAS is faster at several narrow products than at one wide one. On an AMD EPYC (Zen 3), 2 threads, float32,
 # torch 2.13 (MKL), 2026-11-22: 197 rows of 768 by 2,304 columns 5.47 ms whole, 5.08 ms in blocks of 512; by 3,072 columns 8.33
 # and 7.34 ms; 1,576 rows 47.1 and 46.2 ms, 67.6 and 65.4 ms. By 1,536 columns of depth 384 nothing is gained. More threads were
 # not measured.
