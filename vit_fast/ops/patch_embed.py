@@ -50,7 +50,7 @@ def patch_embed_torch(images, weight, bias, cls_token, position_embeddings, mean
     patches = images[:, :, : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, rows·columns, C·p·q]
     x = F.linear(patches, weight.flatten(1), bias)
-    x = torch.cat((cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
+    x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # promotes under autocast
     if torch.compiler.is_compiling() or x.dtype != position_embeddings.dtype:
         return x + position_embeddings
     return x.add_(position_embeddings)  # no derivative needs the sum's inputs
