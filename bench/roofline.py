@@ -4,8 +4,7 @@ r"""What an operation must at least do, and how long that takes at least.
 
 Counted are the multiply-adds of products (two FLOP each) and every tensor that must cross the memory bus once: inputs read
 once, results written once, nothing kept in a cache from one operation to the next. Row statistics (4 or 8 bytes a row) are left
-out. An implementation may do more than this; none can do less. The formulas stand in
-the docstrings here.
+out. An implementation may do more than this; none can do less. The formulas stand in the docstrings here.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ CEILINGS = {
     80: Ceiling("A100 80GB", 312, 156, 19.5, 2.04, "datasheet"),
     86: Ceiling("A40", 149.7, 74.8, 37.4, 0.696, "datasheet"),
     89: Ceiling("RTX 4090", 165.2, 82.6, 82.6, 1.008, "datasheet"),
-    # 16-bit products and memory measured on such a card (an 8192³ product, a copy); TF32 is half of it, float32 is the datasheet's.
+    # 16-bit products and memory measured on such a card (8192³ product, copy); TF32 is half, float32 the datasheet's.
     90: Ceiling("H100 SXM", 798, 399, 66.9, 3.0, "measured, float32 datasheet"),
     100: Ceiling("B200", 2250, 1125, 75, 8.0, "datasheet"),
     120: Ceiling("RTX 5090", 209.5, 104.8, 104.8, 1.792, "datasheet"),
