@@ -60,9 +60,9 @@ def checkout(tmp_path_factory):
 def wheel(tmp_path_factory, checkout):
     """The wheel's content, unpacked as an installer does."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(checkout)]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     import zipfile
 
@@ -102,15 +102,15 @@ def test_uninstalled_checkout(foreign, foreign_first):
     assert names["foreign"] == "somebody else", "our folder hides the package named kernels"
 
 
-def test_editable_installation(tmp_path, foreign, checkout):
+def test_editable_installation(tmp_path, foreign):
     site = tmp_path / "editable"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-t", str(site), "-e", "."]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     code = f"import site; site.addsitedir({str(site)!r}); site.addsitedir({str(foreign)!r})" + IMPORT
     names = imported(run(code))
-    assert Path(names["file"]) == checkout / "kernels" / "common.py" and names["foreign"] == "somebody else"
+    assert Path(names["file"]) == ROOT / "kernels" / "common.py" and names["foreign"] == "somebody else"
 
 
 def test_import_needs_torch_alone():
