@@ -26,8 +26,10 @@ compile-report: $(VENV)/installed  ## every Triton kernel, every model size, eve
 gpu:  ## on a machine with a CUDA GPU, with its own torch and triton: GPU tests, timings, bench/results/<device>/
 	$(PYTHON) bench/gpu.py
 
-$(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)
+# torch comes first: the extension is built against the headers of the one that is installed.
+$(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[cli,dev]'
 	touch $@
 

@@ -1,11 +1,17 @@
-"""The package map; everything else that describes the project stands in pyproject.toml."""
+"""The package map and the extension; everything else that describes the project stands in pyproject.toml."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import setup
 
-version = re.search(r'^__version__ = "(.+)"', Path(__file__).with_name("vit_fast").joinpath("__init__.py").read_text(), re.M)[1]
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "csrc"))
+
+from build_extension import extension_arguments  # noqa: E402
+
+version = re.search(r'^__version__ = "(.+)"', (HERE / "vit_fast" / "__init__.py").read_text(), re.M)[1]
 
 setup(
     version=version,
@@ -13,4 +19,5 @@ setup(
     # The kernels lie at the top of the repository and are installed inside the package: see vit_fast/kernels.py.
     package_dir={"vit_fast": "vit_fast", "vit_fast.kernels": "kernels"},
     package_data={"vit_fast.kernels": ["README.md"]},
+    **extension_arguments(),
 )

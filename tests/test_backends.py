@@ -94,7 +94,7 @@ def test_without_a_gpu_triton_says_why():
 @pytest.mark.skipif(GPU, reason="auto takes the kernels on a GPU")
 def test_auto_leaves_the_interpreter_to_tests():
     x = torch.zeros(2, 8)
-    assert OPERATIONS["layer_norm"].choose(x, x[0], x[0], 1e-6, None) == "torch"
+    assert OPERATIONS["layer_norm"].choose(x, x[0], x[0], 1e-6, None) in ("cpp", "torch")
 
 
 def test_transforms_take_the_stock_operations():

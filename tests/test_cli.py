@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_fast import CONFIGS, VisionTransformer, attention_maps, backends, checkpoints, demo, info, inputs, terminal
+from vit_fast import CONFIGS, VisionTransformer, attention_maps, backends, checkpoints, demo, extension, info, inputs, terminal
 from vit_fast.cli import main
 from vit_fast.ops.checks import dtype_name
 
@@ -188,7 +188,10 @@ def test_info(run):
         assert re.search(rf"^  {name} +{'runs' if reason is None else re.escape('no: ' + reason)}$", out, re.M)
     for op, taken in info.choices("cpu", torch.float32).items():
         assert re.search(rf"^  {op} +{taken}\b", out, re.M)
-    assert "not written for this operation" in out
+    for device in ("cpu", "cuda"):
+        reason = extension.missing(device)
+        says = re.escape(f"no: {reason}") if reason else "loaded"
+        assert re.search(rf"^Extension\n(?:  .*\n)*  {device} +{says}", out, re.M)
 
 
 def test_info_says_what_is_in_force(run):

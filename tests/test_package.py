@@ -51,7 +51,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("vit_fast", "kernels"):
+    for name in ("vit_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -61,7 +61,7 @@ def wheel(tmp_path_factory, checkout):
     """The wheel's content, unpacked as an installer does."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "VIT_FAST_EXT": "off"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     import zipfile
@@ -105,7 +105,7 @@ def test_uninstalled_checkout(foreign, foreign_first):
 def test_editable_installation(tmp_path, foreign):
     site = tmp_path / "editable"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-t", str(site), "-e", "."]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "VIT_FAST_EXT": "off"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     code = f"import site; site.addsitedir({str(site)!r}); site.addsitedir({str(foreign)!r})" + IMPORT

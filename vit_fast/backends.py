@@ -177,14 +177,13 @@ def backends() -> dict[str, str | None]:
 
     What one operation would choose for given inputs: ``OPERATIONS[name].choose(*inputs)``; ``vit-fast info`` prints both.
     """
-    import vit_fast.ops  # noqa: F401  (fills OPERATIONS)
+    from vit_fast import extension
 
-    has_cpp = any("cpp" in operation.implementations for operation in OPERATIONS.values())
     return {
         "reference": None,
         "torch": None,
         "triton": triton_missing(),
-        "cpp": None if has_cpp else "this version has no compiled extension",
+        "cpp": extension.missing("cpu"),
     }
 
 

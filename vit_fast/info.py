@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 import vit_fast
-from vit_fast import backends
+from vit_fast import backends, extension
 from vit_fast.inputs import devices
 from vit_fast.ops.checks import dtype_name
 from vit_fast.terminal import styled, table
@@ -53,11 +53,7 @@ def refusals(device: str, dtype: torch.dtype) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for op, arguments in typical_arguments(device, dtype).items():
         for name in ("triton", "cpp"):
-            operation = backends.OPERATIONS[op]
-            if name not in operation.implementations:
-                reason = "not written for this operation"
-            else:
-                reason = operation.reason_against(name, *arguments)
+            reason = backends.OPERATIONS[op].reason_against(name, *arguments)
             if reason is not None:
                 reasons.setdefault((name, reason), []).append(op)
     return [f"{name} for {', '.join(ops)}: {reason}" for (name, reason), ops in reasons.items()]
@@ -103,6 +99,15 @@ def _device_lines() -> list[tuple[str, str]]:
     return lines
 
 
+def _extension_lines() -> list[tuple[str, str]]:
+    lines = []
+    for device in extension.PATHS:
+        reason = extension.missing(device)
+        instructions = f", {extension.instruction_set()} kernels" if device == "cpu" and reason is None else ""
+        lines.append((device, f"no: {reason}" if reason else f"loaded{instructions}"))
+    return lines
+
+
 def show() -> int:
     """Print it all."""
     print(styled(f"vit_fast {vit_fast.__version__}", "bold") + f"  in {os.path.dirname(vit_fast.__file__)}")
@@ -113,6 +118,8 @@ def show() -> int:
     _section("Devices", _device_lines())
     runs = [(name, "runs" if reason is None else f"no: {reason}") for name, reason in backends.backends().items()]
     _section("Implementations", [*runs, ("in force", f"{backends.selected()}  (vit_fast.use, or the variable VIT_FAST_IMPL)")])
+
+    _section("Extension", _extension_lines())
 
     cases = [(d, t) for d in devices() for t in (torch.float32, torch.bfloat16)]
     taken = [choices(*case) for case in cases]

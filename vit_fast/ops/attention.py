@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vit_fast import backends
+from vit_fast import backends, extension
 from vit_fast.backends import Implementation, Operation
 from vit_fast.ops.checks import check_tensors
 
@@ -75,8 +75,7 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("vit_fast::attention_fwd")
-def _(qkv, scale, dropout_p, seed, probs):
+def _attention_fwd_fake(qkv, scale, dropout_p, seed, probs):
     images, tokens, _, heads, head = qkv.shape
     shapes = {
         "none": (0,),
@@ -88,9 +87,11 @@ def _(qkv, scale, dropout_p, seed, probs):
     return qkv.new_empty((images, tokens, heads * head)), lse, qkv.new_empty(shapes[probs])
 
 
-@torch.library.register_fake("vit_fast::attention_bwd")
-def _(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
+def _attention_bwd_fake(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
     return qkv.new_empty(qkv.shape)
+
+
+extension.register_fakes(attention_fwd=_attention_fwd_fake, attention_bwd=_attention_bwd_fake)
 
 
 @torch.library.impl("vit_fast::attention_fwd", "default")
@@ -111,7 +112,7 @@ def _(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
 
 
 class _Attention(torch.autograd.Function):
-    """Kernels of one namespace (``torch.ops.vit_fast``, later ``torch.ops.vit_fast_cpp``) as a differentiable function."""
+    """Kernels of one namespace (``torch.ops.vit_fast`` or ``torch.ops.vit_fast_cpp``) as a differentiable function."""
 
     @staticmethod
     def forward(ctx, qkv, scale, dropout_p, seed, probs, kernels):
@@ -157,9 +158,28 @@ def _triton_supports(qkv, dropout_p, probs):
         return refused
     if qkv.shape[-1] > 256:
         return f"its heads hold at most 256 channels, got {qkv.shape[-1]}"
+    return _refuses_last_axis(qkv)
+
+
+def _refuses_last_axis(qkv):
     if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:
         return f"qkv's last axis must be contiguous, got stride {qkv.stride(-1)}"
     return None
+
+
+def _cpp_supports(qkv, dropout_p, probs):
+    reason = extension.refuses(qkv)
+    if reason is not None:
+        return reason
+    if qkv.device.type != "cpu":
+        return "its attention is for CPUs: on a GPU that is Triton's"
+    if dropout_p > 0:
+        return "it has no dropout"
+    if qkv.shape[-1] == 0:
+        return "its heads hold at least one channel, got 0"
+    if torch.is_autocast_enabled("cpu"):
+        reason = extension.refuses_dtype(qkv.device, torch.get_autocast_dtype("cpu"))
+    return reason or _refuses_last_axis(qkv)
 
 
 _attention = Operation(
@@ -168,8 +188,9 @@ _attention = Operation(
         "reference": Implementation(attention_reference, backends.anything),
         "torch": Implementation(attention_torch, backends.anything),
         "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
+        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports),
     },
-    order=("triton", "torch"),
+    order=("triton", "cpp", "torch"),
 )
 
 

@@ -37,3 +37,18 @@ def check_tensors(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor
                 f"{op}: {other_name} must be {dtype_name(tensor.dtype)} as {name} is, got {dtype_name(other.dtype)}"
                 " (convert one, or use torch.autocast)"
             )
+
+
+def refuses_rows(name: str, tensor: Tensor | None) -> str | None:
+    """Why a kernel that takes rows with one stride between them, and contiguous within, can't take this; None when it can."""
+    if tensor is None or tensor.is_contiguous():
+        return None
+    stride = None  # that the next axis must have, outwards
+    for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size != 1:
+            if stride not in (None, step):
+                return f"{name}'s leading axes must flatten to one, got shape {list(tensor.shape)}, strides {tensor.stride()}"
+            stride = size * step
+    if tensor.stride(-1) != 1:
+        return f"{name}'s last axis must be contiguous, got strides {tensor.stride()}"
+    return None

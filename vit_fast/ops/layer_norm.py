@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vit_fast import backends
+from vit_fast import backends, extension
 from vit_fast.backends import Implementation, Operation
-from vit_fast.ops.checks import check_shape, check_tensors
+from vit_fast.ops.checks import check_shape, check_tensors, refuses_rows
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
@@ -45,17 +45,18 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("vit_fast::layer_norm_fwd")
-def _(x, weight, bias, eps, residual):
+def _layer_norm_fwd_fake(x, weight, bias, eps, residual):
     total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     stats = x.new_empty(x.shape[:-1], dtype=torch.promote_types(total_dtype, torch.float32))
     total = x.new_empty(0 if residual is None else x.shape, dtype=total_dtype)
     return x.new_empty(x.shape, dtype=weight.dtype), total, stats, torch.empty_like(stats)
 
 
-@torch.library.register_fake("vit_fast::layer_norm_bwd")
-def _(dy, total, weight, mean, rstd, dtotal):
+def _layer_norm_bwd_fake(dy, total, weight, mean, rstd, dtotal):
     return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+extension.register_fakes(layer_norm_fwd=_layer_norm_fwd_fake, layer_norm_bwd=_layer_norm_bwd_fake)
 
 
 @torch.library.impl("vit_fast::layer_norm_fwd", "default")
@@ -76,7 +77,7 @@ def _(dy, total, weight, mean, rstd, dtotal):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Kernels of one namespace (``torch.ops.vit_fast``, later ``torch.ops.vit_fast_cpp``) as a differentiable function."""
+    """Kernels of one namespace (``torch.ops.vit_fast`` or ``torch.ops.vit_fast_cpp``) as a differentiable function."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, residual, kernels):
@@ -118,9 +119,20 @@ def _triton_supports(x, weight, bias, eps, residual):
 
     if not 1 <= x.shape[-1] <= MAX_COLUMNS:
         return f"its rows hold 1 to {MAX_COLUMNS} columns, got {x.shape[-1]}"
+    return _refuses_parameters(weight, bias) or refuses_strides(x) or (None if residual is None else refuses_strides(residual))
+
+
+def _cpp_supports(x, weight, bias, eps, residual):
+    reason = extension.refuses(x, weight, bias, residual) or _refuses_parameters(weight, bias)
+    if reason is None and x.shape[-1] == 0:
+        return "its rows hold at least one column, got 0"
+    return reason or refuses_rows("x", x) or refuses_rows("residual", residual)
+
+
+def _refuses_parameters(weight, bias):
     if not (weight.is_contiguous() and bias.is_contiguous()):
         return f"it takes a contiguous weight and bias, got strides {weight.stride()} and {bias.stride()}"
-    return refuses_strides(x) or (None if residual is None else refuses_strides(residual))
+    return None
 
 
 _layer_norm = Operation(
@@ -130,8 +142,9 @@ _layer_norm = Operation(
         # F.layer_norm is one fused kernel on every device already: the stock composition is the reference.
         "torch": Implementation(layer_norm_reference, backends.anything),
         "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
+        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports),
     },
-    order=("triton", "torch"),
+    order=("triton", "cpp", "torch"),
 )
 
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vit_fast import backends
+from vit_fast import backends, extension
 from vit_fast.backends import Implementation, Operation
-from vit_fast.ops.checks import check_shape, check_tensors
+from vit_fast.ops.checks import check_shape, check_tensors, dtype_name, refuses_rows
 
 ACTIVATIONS = {None: None, "gelu": "none", "gelu_tanh": "tanh"}  # our name: torch.nn.functional.gelu's `approximate`
 
@@ -107,21 +107,21 @@ torch.library.define(
 torch.library.define("vit_fast::gelu_bwd", "(Tensor dy, Tensor z, str activation) -> (Tensor dz, Tensor dbias)")
 
 
-@torch.library.register_fake("vit_fast::linear_fwd")
-def _(x, weight, bias, activation, residual, keep_preactivation):
+def _linear_fwd_fake(x, weight, bias, activation, residual, keep_preactivation):
     shape = (*x.shape[:-1], weight.shape[0])
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape if keep_preactivation else 0)
 
 
-@torch.library.register_fake("vit_fast::linear_dgelu_bwd")
-def _(dy, weight, z, activation):
+def _linear_dgelu_bwd_fake(dy, weight, z, activation):
     return z.new_empty(z.shape), z.new_empty(z.shape[-1:])
 
 
-@torch.library.register_fake("vit_fast::gelu_bwd")
-def _(dy, z, activation):
+def _gelu_bwd_fake(dy, z, activation):
     return z.new_empty(z.shape), z.new_empty(z.shape[-1:])
+
+
+extension.register_fakes(linear_fwd=_linear_fwd_fake, linear_dgelu_bwd=_linear_dgelu_bwd_fake, gelu_bwd=_gelu_bwd_fake)
 
 
 @torch.library.impl("vit_fast::linear_fwd", "default")
@@ -241,9 +241,11 @@ def _records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _linear_with_kernels(kernels):
+def _linear_with_kernels(kernels, products_on: str = ""):
+    """``products_on``: the type of device where the kernels serve the bare product too, rather than the stock one."""
+
     def run(x, weight, bias, activation, residual):
-        if activation is None and residual is None:
+        if activation is None and residual is None and x.device.type != products_on:
             return F.linear(x, weight, bias)
         dtype = _product_dtype(x)  # the residual keeps its own: y promotes, as a sum does
         x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
@@ -270,21 +272,6 @@ def _mlp_with_kernels(kernels):
 # ---- Implementations ------------------------------------------------------------------------------------------------
 
 
-def _refuses_rows(name: str, tensor: Tensor | None) -> str | None:
-    """A kernel takes rows with one stride between them, and contiguous within."""
-    if tensor is None or tensor.is_contiguous():
-        return None
-    stride = None  # that the next axis must have, outwards
-    for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
-        if size != 1:
-            if stride not in (None, step):
-                return f"{name}'s leading axes must flatten to one, got shape {list(tensor.shape)}, strides {tensor.stride()}"
-            stride = size * step
-    if tensor.stride(-1) != 1:
-        return f"{name}'s last axis must be contiguous, got strides {tensor.stride()}"
-    return None
-
-
 def _refuses_layer(weight: Tensor, bias: Tensor | None) -> str | None:
     if 0 in weight.shape:
         return f"a weight must have elements, got {list(weight.shape)}"
@@ -307,17 +294,54 @@ def _linear_triton_supports(x, weight, bias, activation, residual):
     refused = backends.triton_refuses(x, weight, bias, residual)
     if refused is not None or (activation is None and residual is None):
         return refused
-    return _refuses_rows("x", x) or _refuses_rows("residual", residual) or _refuses_layer(weight, bias) or _auto_refuses(x)
+    return refuses_rows("x", x) or refuses_rows("residual", residual) or _refuses_layer(weight, bias) or _auto_refuses(x)
 
 
 def _mlp_triton_supports(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual):
     return (
         backends.triton_refuses(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
-        or _refuses_rows("x", x)
-        or _refuses_rows("residual", residual)
+        or refuses_rows("x", x)
+        or refuses_rows("residual", residual)
         or _refuses_layer(fc1_weight, fc1_bias)
         or _refuses_layer(fc2_weight, fc2_bias)
         or _auto_refuses(x)
+    )
+
+
+def _cpp_refuses_product(x):
+    """On a CPU the kernels multiply themselves, in float32 and bfloat16."""
+    if x.device.type != "cpu":
+        return None
+    dtype = _product_dtype(x)
+    if dtype not in extension.DTYPES["cpu"]:
+        return f"on a CPU it multiplies in float32 and bfloat16, not in {dtype_name(dtype)}"
+    if backends.selected() == "auto" and x.numel() < _FEWEST_ROWS * x.shape[-1]:
+        return f"under 'auto' it takes at least {_FEWEST_ROWS} rows"
+    return None
+
+
+# A tile computes 16 or more of them at once; below that BLAS has better to offer.
+_FEWEST_ROWS = 32
+
+
+def _linear_cpp_supports(x, weight, bias, activation, residual):
+    return (
+        extension.refuses(x, weight, bias, residual)
+        or refuses_rows("x", x)
+        or refuses_rows("residual", residual)
+        or _refuses_layer(weight, bias)
+        or _cpp_refuses_product(x)
+    )
+
+
+def _mlp_cpp_supports(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual):
+    return (
+        extension.refuses(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+        or refuses_rows("x", x)
+        or refuses_rows("residual", residual)
+        or _refuses_layer(fc1_weight, fc1_bias)
+        or _refuses_layer(fc2_weight, fc2_bias)
+        or _cpp_refuses_product(x)
     )
 
 
@@ -327,8 +351,9 @@ _linear = Operation(
         "reference": Implementation(linear_reference, backends.anything),
         "torch": Implementation(linear_torch, backends.anything),
         "triton": Implementation(_linear_with_kernels(torch.ops.vit_fast), _linear_triton_supports),
+        "cpp": Implementation(_linear_with_kernels(torch.ops.vit_fast_cpp, products_on="cpu"), _linear_cpp_supports),
     },
-    order=("triton", "torch"),
+    order=("triton", "cpp", "torch"),
 )
 
 _mlp = Operation(
@@ -337,8 +362,9 @@ _mlp = Operation(
         "reference": Implementation(mlp_reference, backends.anything),
         "torch": Implementation(mlp_torch, backends.anything),
         "triton": Implementation(_mlp_with_kernels(torch.ops.vit_fast), _mlp_triton_supports),
+        "cpp": Implementation(_mlp_with_kernels(torch.ops.vit_fast_cpp), _mlp_cpp_supports),
     },
-    order=("triton", "torch"),
+    order=("triton", "cpp", "torch"),
 )
 
 

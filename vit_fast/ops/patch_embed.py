@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vit_fast import backends
+from vit_fast import backends, extension
 from vit_fast.backends import Implementation, Operation
 from vit_fast.ops.checks import check_shape, check_tensors, dtype_name
 
@@ -70,18 +70,19 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("vit_fast::patch_embed_fwd")
-def _(images, weight, bias, cls_token, position_embeddings, mean, std):
+def _patch_embed_fwd_fake(images, weight, bias, cls_token, position_embeddings, mean, std):
     dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), position_embeddings.dtype)
     return images.new_empty((images.shape[0], *position_embeddings.shape[1:]), dtype=dtype)
 
 
-@torch.library.register_fake("vit_fast::patch_embed_bwd")
-def _(dout, images, weight, mean, std, images_wanted):
+def _patch_embed_bwd_fake(dout, images, weight, mean, std, images_wanted):
     _, tokens, width = dout.shape
     dimages = images.new_empty(images.shape if images_wanted else 0)
     sums = dout.new_empty(width), dout.new_empty(1, 1, width), dout.new_empty(1, tokens, width)
     return dimages, weight.new_empty(weight.shape), *sums
+
+
+extension.register_fakes(patch_embed_fwd=_patch_embed_fwd_fake, patch_embed_bwd=_patch_embed_bwd_fake)
 
 
 @torch.library.impl("vit_fast::patch_embed_fwd", "default")
@@ -102,7 +103,7 @@ def _(dout, images, weight, mean, std, images_wanted):
 
 
 class _PatchEmbed(torch.autograd.Function):
-    """Kernels of one namespace (``torch.ops.vit_fast``, later ``torch.ops.vit_fast_cpp``) as a differentiable function."""
+    """Kernels of one namespace (``torch.ops.vit_fast`` or ``torch.ops.vit_fast_cpp``) as a differentiable function."""
 
     @staticmethod
     def forward(ctx, images, weight, bias, cls_token, position_embeddings, mean, std, kernels):
@@ -154,14 +155,30 @@ def _triton_supports(images, weight, bias, cls_token, position_embeddings, mean,
     return None
 
 
+def _cpp_supports(images, weight, bias, cls_token, position_embeddings, mean, std):
+    of_images = None if images.dtype == torch.uint8 else images
+    reason = extension.refuses(weight, bias, cls_token, position_embeddings, of_images)
+    if reason is not None:
+        return reason
+    if torch.is_autocast_enabled(images.device.type):
+        reason = extension.refuses_dtype(images.device, torch.get_autocast_dtype(images.device.type))
+    if position_embeddings.shape[1] == 1 or weight.numel() == 0:
+        return f"images of {list(images.shape)} hold no patch of {list(weight.shape)}"
+    for name, tensor in dict(weight=weight, bias=bias, cls_token=cls_token, position_embeddings=position_embeddings).items():
+        if not tensor.is_contiguous():
+            return f"it takes a contiguous {name}, got strides {tensor.stride()}"
+    return reason
+
+
 _patch_embed = Operation(
     "patch_embed",
     {
         "reference": Implementation(patch_embed_reference, backends.anything),
         "torch": Implementation(patch_embed_torch, backends.anything),
         "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
+        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports),
     },
-    order=("triton", "torch"),
+    order=("triton", "cpp", "torch"),
 )
 
 

@@ -1,0 +1,128 @@
+// What the launchers of <op>.cpp hand to the kernels of <op>.h, which are compiled once per instruction set (isa.cpp).
+//
+// A kernel computes a range of its work; who shares it out, allocates, and checks is the launcher. Pointers are to the first element,
+// strides count elements, matrices are rows of contiguous values unless a second stride is named. `worker` numbers the ranges that are
+// computed at the same time, so that each has scratch memory of its own.
+#pragma once
+
+#include <cstdint>
+
+namespace vit_fast {
+
+enum class Type : int8_t { f32, bf16 };
+
+// Sums over rows are taken in parts, which are then added up: short chains, small rounding errors, and the same result for any
+// number of threads.
+constexpr int64_t ROWS_OF_PART = 64;
+constexpr int64_t parts_of(int64_t rows) { return (rows + ROWS_OF_PART - 1) / ROWS_OF_PART; }
+
+// [rows, columns]; total = x + residual is written only with a residual, mean and rstd [rows] always.
+struct LayerNormForward {
+  const void *x, *residual, *weight, *bias;
+  void *y, *total;
+  float *mean, *rstd;
+  int64_t columns, x_row, residual_row;
+  float eps;
+  Type x_type, residual_type, weight_type, total_type;  // y has the weight's
+};
+
+// dtotal may be null. sums: [2][parts][columns], of dweight and of dbias, a part for every ROWS_OF_PART rows.
+struct LayerNormBackward {
+  const void *dy, *total, *weight, *dtotal;
+  void* dx;
+  const float *mean, *rstd;
+  float* sums;
+  int64_t rows, columns, dy_row, total_row, dtotal_row;
+  Type type, weight_type;  // of total, dtotal and dx; of dy and weight
+};
+
+// The rows of a product gathered from images: row (b·rows + r)·columns + c holds the values [C, P, Q] of one patch.
+struct Patches {
+  const void* images;
+  const float *mean, *std;  // [C], or both null
+  int64_t image_stride, channel_stride, row_stride, column_stride;
+  int64_t channels, patch_rows, patch_columns;  // C, P, Q
+  int64_t rows, columns;                        // of patches in an image
+  enum class Source : int8_t { f32, bf16, u8 } source;
+  bool round_to_bf16;  // the reference normalises in float32 and multiplies in the weight's dtype
+};
+
+// v[n, j] = Σ_k x[n, k] w[j, k] with what follows in the epilogue:
+//   forward     v += bias, z = v, y = act(v) + residual   (each of them only where its pointer is given)
+//   derivative  y = v act'(z), sums[n / ROWS_OF_PART][j] += y
+// Row n of y and of the residual lie at (n / group)·group_stride + (n % group)·row_stride.
+struct Product {
+  const void *x, *w, *bias, *residual;
+  const Patches* patches;  // where x comes from when it is not null
+  void *y, *z;             // z is read by `derivative`
+  float* sums;
+  int64_t rows, columns, depth;
+  int64_t x_row, w_row, w_step;  // w_step: from one k to the next; w_row or w_step is 1
+  int64_t group, y_group, y_row, residual_group, residual_row, z_row;
+  Type x_type, residual_type, y_type;  // w, bias and z have x's
+  int8_t activation;                   // 0 none, 1 gelu, 2 gelu_tanh
+  bool derivative;
+  bool pack_x;     // which operand is packed; the work is counted in rows of the other. Not for sums, whose work is counted in parts
+  float* packed;   // product_packed_size
+  float* scratch;  // [workers][product_scratch_size]
+};
+
+// dz = dy act'(z), sums[part][columns] += dz.
+struct GeluBackward {
+  const void *dy, *z;
+  void* dz;
+  float* sums;
+  int64_t rows, columns;
+  Type type;
+  int8_t activation;
+};
+
+// qkv [B, N, 3, H, d] by its strides, the last 1. Work is counted in blocks of queries of a head (of all heads for head_mean).
+struct Attention {
+  const void *qkv, *dout, *dprobs;
+  void *out, *probs, *dqkv;
+  void* lse;  // [B, H, N], float64 for float32, float32 for bfloat16
+  int64_t images, tokens, heads, head;
+  int64_t image_stride, token_stride, part_stride, head_stride;
+  int64_t block;   // queries
+  int64_t dout_image, dout_token;  // strides; a token's values are contiguous
+  float scale;
+  Type type;
+  int8_t kind;     // of probabilities: 0 none, 1 all, 2 class_token, 3 head_mean
+  float* scratch;  // [workers][attention_forward_scratch or attention_backward_scratch]
+};
+
+// dimages from the gradient of the patches.
+struct PatchScatter {
+  const float* dpatches;  // [B·rows·columns, C·P·Q]
+  void* dimages;          // [B, C, H, W] contiguous
+  const float* std;       // [C] or null
+  int64_t channels, patch_rows, patch_columns, rows, columns, height, width;
+  Type type;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*layer_norm_forward)(const LayerNormForward&, int64_t begin, int64_t end);
+  void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end);  // parts
+  void (*product_pack)(const Product&, int64_t begin, int64_t end);  // panels of the packed operand
+  void (*product)(const Product&, int worker, int64_t begin, int64_t end);  // tiles of rows of the other one, or parts
+  int64_t (*product_panels)(const Product&);
+  int64_t (*product_tiles)(const Product&);
+  int64_t (*product_packed_size)(const Product&);
+  int64_t (*product_scratch_size)(const Product&);
+  void (*gelu_backward)(const GeluBackward&, int64_t begin, int64_t end);  // parts
+  int64_t (*attention_block)(const Attention&);
+  int64_t (*attention_forward_scratch)(const Attention&);
+  int64_t (*attention_backward_scratch)(const Attention&);
+  void (*attention_forward)(const Attention&, int worker, int64_t begin, int64_t end);
+  void (*attention_backward)(const Attention&, int worker, int64_t begin, int64_t end);  // heads
+  void (*gather_patches)(const Patches&, int64_t begin, int64_t count, float* to);
+  void (*patch_scatter)(const PatchScatter&, int64_t begin, int64_t end);  // images' channels
+  void (*add_rows)(const float* parts, int64_t count, int64_t columns, void* sum, Type type);  // [count][columns] to [columns]
+};
+
+const Kernels& kernels();  // of the instruction set in force: cpu.cpp
+
+}  // namespace vit_fast

@@ -1,0 +1,38 @@
+// GELU and its derivative, with erf: x Φ(x) and Φ(x) + x φ(x); and as the tanh formula, which is x σ(2u), u = √(2/π) (x + 0.044715 x³).
+#pragma once
+
+#include "cuda.cuh"
+
+namespace vit_fast {
+
+template <Activation activation>
+__device__ inline float activated(float x) {
+  if constexpr (activation == Activation::none) return x;
+  if constexpr (activation == Activation::gelu) {
+    const float y = 0.5f * x * erfcf(-0.707106781f * x);  // erfc keeps the tail's relative accuracy
+    return x < -1e4f ? 0.f : y;                            // -infinity times its tail of 0
+  }
+  const float y = x / (1.f + expf(-x * (1.595769122f + 0.0713548163f * x * x)));
+  return x < -1e4f ? 0.f : y;
+}
+
+template <Activation activation>
+__device__ inline float derivative_at(float x) {
+  const float inside = x > 1e4f ? 1e4f : (x < -1e4f ? -1e4f : x);
+  if constexpr (activation == Activation::gelu) {
+    return 0.5f * erfcf(-0.707106781f * inside) + inside * 0.398942280f * expf(-0.5f * inside * inside);
+  }
+  const float squared = inside * inside, u2 = inside * (1.595769122f + 0.0713548163f * squared);
+  // σ(2u) (1 - σ(2u)) is the same for -u, and exact to rounding as e/(1 + e)² with e = exp(-|2u|).
+  const float e = expf(-fabsf(u2)), inverse = 1.f / (1.f + e);
+  const float sigma = u2 < 0.f ? e * inverse : inverse;
+  return sigma + inside * e * inverse * inverse * (1.595769122f + 0.2140644488f * squared);
+}
+
+// y = act(z) + residual: [rows, columns], contiguous but for the residual's rows. y may be z.
+void add_epilogue(const char* op, const Tensor& z, Activation activation, const Tensor* residual, int64_t residual_row, Tensor& y);
+
+// (dz, dbias) = (dy act'(z), Σ rows of dz), all contiguous. dz may be dy.
+Tensor gelu_backward(const char* op, const Tensor& dy, const Tensor& z, Activation activation, Tensor& dz);
+
+}  // namespace vit_fast

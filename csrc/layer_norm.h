@@ -1,0 +1,143 @@
+// Layer normalisation of rows. Three passes over a row that the first one brings into the cache: the sum, the squared distances from
+// the mean (two passes: no cancellation), the result.
+#pragma once
+
+#include "vector.h"
+
+namespace vit_fast::VIT_FAST_ISA {
+
+template <class X, class R, class W, class T>
+static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, int64_t end) {
+  const int64_t columns = a.columns;
+  const W* weight = static_cast<const W*>(a.weight);
+  const W* bias = static_cast<const W*>(a.bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const X* x = static_cast<const X*>(a.x) + row * a.x_row;
+    const R* residual = a.residual ? static_cast<const R*>(a.residual) + row * a.residual_row : nullptr;
+    T* total = a.residual ? static_cast<T*>(a.total) + row * columns : nullptr;
+    W* y = static_cast<W*>(a.y) + row * columns;
+    // The sum as the next operation will read it: rounded to its dtype.
+    const auto values = [&](int64_t i, int n) { return residual ? load_up_to(total + i, n) : load_up_to(x + i, n); };
+    vec sums[4] = {};
+    int64_t i = 0;
+    if (residual) {
+      for_vectors(columns, [&](int64_t i, int n) {
+        store_up_to(total + i, load_up_to(x + i, n) + load_up_to(residual + i, n), n);
+      });
+    }
+    for (; i + 4 * LANES <= columns; i += 4 * LANES) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sums[v] += values(i + v * LANES, LANES);
+    }
+    for (; i < columns; i += LANES) {
+      const int n = int(columns - i < LANES ? columns - i : LANES);
+      sums[0] += values(i, n);
+    }
+    const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(columns);
+    vec squares[4] = {};
+    for (i = 0; i + 4 * LANES <= columns; i += 4 * LANES) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const vec distance = values(i + v * LANES, LANES) - mean;
+        squares[v] += distance * distance;
+      }
+    }
+    for (; i + LANES <= columns; i += LANES) {
+      const vec distance = values(i, LANES) - mean;
+      squares[0] += distance * distance;
+    }
+    float rest = 0;
+    for (; i < columns; ++i) {
+      const float distance = (residual ? get(total + i) : get(x + i)) - mean;
+      rest += distance * distance;
+    }
+    const float variance = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / float(columns);
+    const float rstd = 1.f / __builtin_sqrtf(variance + a.eps);
+    for_vectors(columns, [&](int64_t i, int n) {
+      const vec normal = (values(i, n) - mean) * rstd;
+      store_up_to(y + i, normal * load_up_to(weight + i, n) + load_up_to(bias + i, n), n);
+    });
+    a.mean[row] = mean;
+    a.rstd[row] = rstd;
+  }
+}
+
+// With g = dy γ and h = (s - mean) rstd:  ds = rstd (g - mean(g) - h mean(g h)) + dtotal,  dγ = Σ dy h,  dβ = Σ dy.
+template <class T, class W>
+static void layer_norm_backward_rows(const LayerNormBackward& a, int64_t part) {
+  const int64_t columns = a.columns, begin = part * ROWS_OF_PART;
+  const int64_t end = begin + ROWS_OF_PART < a.rows ? begin + ROWS_OF_PART : a.rows;
+  const W* weight = static_cast<const W*>(a.weight);
+  float* dweight = a.sums + part * columns;
+  float* dbias = dweight + parts_of(a.rows) * columns;
+  for (int64_t i = 0; i < columns; ++i) dweight[i] = dbias[i] = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const W* dy = static_cast<const W*>(a.dy) + row * a.dy_row;
+    const T* total = static_cast<const T*>(a.total) + row * a.total_row;
+    const T* dtotal = a.dtotal ? static_cast<const T*>(a.dtotal) + row * a.dtotal_row : nullptr;
+    T* dx = static_cast<T*>(a.dx) + row * columns;
+    const float mean = a.mean[row], rstd = a.rstd[row];
+    vec sum_g = {}, sum_gh = {};
+    for_vectors(columns, [&](int64_t i, int n) {
+      const vec d = load_up_to(dy + i, n), h = (load_up_to(total + i, n) - mean) * rstd, g = d * load_up_to(weight + i, n);
+      sum_g += g;
+      sum_gh += g * h;  // lanes past the end have g = 0
+      store_up_to(dweight + i, load_up_to(dweight + i, n) + d * h, n);
+      store_up_to(dbias + i, load_up_to(dbias + i, n) + d, n);
+    });
+    const float mean_g = sum(sum_g) / float(columns), mean_gh = sum(sum_gh) / float(columns);
+    for_vectors(columns, [&](int64_t i, int n) {
+      const vec h = (load_up_to(total + i, n) - mean) * rstd;
+      const vec g = rounded(load_up_to(dy + i, n) * load_up_to(weight + i, n));  // as in its mean: equal ones cancel to 0
+      vec d = rstd * (g - mean_g - h * mean_gh);
+      if (dtotal) d += load_up_to(dtotal + i, n);
+      store_up_to(dx + i, d, n);
+    });
+  }
+}
+
+static void layer_norm_forward(const LayerNormForward& a, int64_t begin, int64_t end) {
+  const bool x = a.x_type == Type::bf16, r = a.residual_type == Type::bf16, w = a.weight_type == Type::bf16;
+  using f = float;
+  using b = bf16;
+  if (w) {  // then nothing is wider: autocast widens the weight
+    layer_norm_forward_rows<b, b, b, b>(a, begin, end);
+  } else if (x) {
+    if (r) {
+      layer_norm_forward_rows<b, b, f, b>(a, begin, end);
+    } else {
+      layer_norm_forward_rows<b, f, f, f>(a, begin, end);
+    }
+  } else if (r) {
+    layer_norm_forward_rows<f, b, f, f>(a, begin, end);
+  } else {
+    layer_norm_forward_rows<f, f, f, f>(a, begin, end);
+  }
+}
+
+static void layer_norm_backward(const LayerNormBackward& a, int64_t begin, int64_t end) {
+  for (int64_t part = begin; part < end; ++part) {
+    if (a.weight_type == Type::bf16) {
+      layer_norm_backward_rows<bf16, bf16>(a, part);
+    } else if (a.type == Type::bf16) {
+      layer_norm_backward_rows<bf16, float>(a, part);
+    } else {
+      layer_norm_backward_rows<float, float>(a, part);
+    }
+  }
+}
+
+// The sums of parts, in their order.
+static void add_rows(const float* parts, int64_t count, int64_t columns, void* sum, Type type) {
+  for_vectors(columns, [&](int64_t i, int n) {
+    vec total = {};
+    for (int64_t part = 0; part < count; ++part) total += load_up_to(parts + part * columns + i, n);
+    if (type == Type::bf16) {
+      store_up_to(static_cast<bf16*>(sum) + i, total, n);
+    } else {
+      store_up_to(static_cast<float*>(sum) + i, total, n);
+    }
+  });
+}
+
+}  // namespace vit_fast::VIT_FAST_ISA

@@ -1,0 +1,150 @@
+// Launchers of linear and of GELU's derivative on a CPU, and of the product that they share with patch_embed.
+
+#include "launch.h"
+
+namespace vit_fast {
+
+void run_product(Product& a, const Tensor* sums) {
+  const Kernels& kernel = kernels();
+  // A packed operand is read and written once more: it is the one with fewer rows. A weight that is contiguous along its rows can only
+  // be packed.
+  a.pack_x = a.w_step == 1 && a.rows <= a.columns && !sums;
+  Tensor parts = floats(sums ? parts_of(a.rows) * a.columns : 0);
+  a.sums = sums ? floats_of(parts) : nullptr;
+  const int64_t tiles = kernel.product_tiles(a), panels = kernel.product_panels(a);
+  const int64_t workers = workers_for(tiles), packers = workers_for(panels);
+  Tensor packed = floats(kernel.product_packed_size(a)), scratch = floats(workers * kernel.product_scratch_size(a));
+  a.packed = floats_of(packed);
+  a.scratch = floats_of(scratch);
+  share(packers, panels, [&](int, int64_t begin, int64_t end) { kernel.product_pack(a, begin, end); });
+  share(workers, tiles, [&](int worker, int64_t begin, int64_t end) { kernel.product(a, worker, begin, end); });
+  if (sums) kernel.add_rows(a.sums, parts_of(a.rows), a.columns, sums->data_ptr(), type_of(*sums));
+}
+
+namespace {
+
+constexpr auto FLOATS = {ScalarType::Float, ScalarType::BFloat16};
+
+// x [..., depth] times weight [columns, depth]: fills in the operands.
+void take_operands(const char* op, Product& a, const Tensor& x, const Tensor& weight) {
+  check_rank(op, "weight", weight, 2);
+  check_device(op, "weight", weight, "x", x);
+  a.columns = weight.size(0);
+  a.depth = weight.size(1);
+  a.x_row = check_rows(op, "x", x);
+  STD_TORCH_CHECK(
+      x.size(x.dim() - 1) == a.depth, op, ": x's last axis must be ", a.depth, " as weight's, got shape ", text_of(x.sizes()));
+  STD_TORCH_CHECK(a.columns > 0 && a.depth > 0, op, ": weight must have elements, got shape ", text_of(weight.sizes()));
+  STD_TORCH_CHECK(
+      weight.stride(0) == 1 || weight.stride(1) == 1 || a.columns == 1 || a.depth == 1,
+      op, ": weight must be contiguous along one axis, got strides ", text_of(weight.strides()));
+  check_dtype(op, "x", x, FLOATS);
+  check_dtype(op, "weight", weight, {x.scalar_type()});
+  a.w_row = weight.stride(0);
+  a.w_step = a.depth == 1 ? 1 : weight.stride(1);
+  if (a.columns == 1 && a.w_step != 1) a.w_row = 1;
+  a.rows = rows_of(x);
+  a.group = std::max<int64_t>(1, a.rows);
+  a.x = x.data_ptr();
+  a.w = weight.data_ptr();
+  a.x_type = a.residual_type = a.y_type = type_of(x);
+}
+
+std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = columns;
+  return sizes;
+}
+
+std::tuple<Tensor, Tensor> linear_fwd(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<std::string> activation, std::optional<Tensor> residual,
+    bool keep_preactivation) {
+  const char* op = "linear_fwd";
+  Product a = {};
+  take_operands(op, a, x, weight);
+  a.activation = int8_t(check_activation(op, activation));
+  const std::vector<int64_t> sizes = with_columns(x, a.columns);
+  if (bias) {
+    check_shape(op, "bias", *bias, {a.columns});
+    check_contiguous(op, "bias", *bias);
+    check_device(op, "bias", *bias, "x", x);
+    check_dtype(op, "bias", *bias, {x.scalar_type()});
+    a.bias = bias->data_ptr();
+  }
+  ScalarType y_type = x.scalar_type();
+  if (residual) {
+    check_shape(op, "residual", *residual, sizes);
+    check_device(op, "residual", *residual, "x", x);
+    a.residual_row = check_rows(op, "residual", *residual);
+    check_dtype(op, "residual", *residual, {ScalarType::Float, x.scalar_type()});  // a wider one under autocast
+    y_type = wider(x, *residual);
+    a.residual = residual->data_ptr();
+    a.residual_type = type_of(*residual);
+  }
+
+  Tensor y = empty(sizes, y_type), z = empty(keep_preactivation ? sizes : std::vector<int64_t>{0}, x.scalar_type());
+  if (a.rows > 0) {
+    a.y = y.data_ptr();
+    a.y_row = a.z_row = a.columns;
+    a.y_type = type_of(y);
+    a.z = keep_preactivation ? z.data_ptr() : nullptr;
+    run_product(a);
+  }
+  return {y, z};
+}
+
+void check_derivative(const char* op, const Tensor& z, const std::string& activation) {
+  check_contiguous(op, "z", z);
+  STD_TORCH_CHECK(z.dim() > 0, op, ": z must have at least one axis, got a scalar");
+  check_dtype(op, "z", z, FLOATS);
+  check_activation(op, activation);
+}
+
+std::tuple<Tensor, Tensor> linear_dgelu_bwd(Tensor dy, Tensor weight, Tensor z, std::string activation) {
+  const char* op = "linear_dgelu_bwd";
+  check_rank(op, "weight", weight, 2);
+  Product a = {};
+  take_operands(op, a, dy, torch::stable::transpose(weight, 0, 1));  // dh = dy W
+  check_derivative(op, z, activation);
+  check_shape(op, "z", z, with_columns(dy, a.columns));
+  check_dtype(op, "z", z, {dy.scalar_type()});
+  a.activation = int8_t(check_activation(op, activation));
+  a.derivative = true;
+  Tensor dz = empty(sizes_of(z), z.scalar_type()), dbias = empty({a.columns}, z.scalar_type());
+  a.y = dz.data_ptr();
+  a.z = z.data_ptr();
+  a.y_row = a.z_row = a.columns;
+  if (a.rows > 0) {
+    run_product(a, &dbias);
+  } else {
+    torch::stable::zero_(dbias);
+  }
+  return {dz, dbias};
+}
+
+std::tuple<Tensor, Tensor> gelu_bwd(Tensor dy, Tensor z, std::string activation) {
+  const char* op = "gelu_bwd";
+  check_derivative(op, z, activation);
+  check_shape(op, "dy", dy, sizes_of(z));
+  check_contiguous(op, "dy", dy);
+  check_dtype(op, "dy", dy, {z.scalar_type(), ScalarType::Float});
+  if (dy.scalar_type() != z.scalar_type()) dy = torch::stable::to(dy, z.scalar_type());  // a wider residual's, under autocast
+  const int64_t columns = z.size(z.dim() - 1), rows = rows_of(z);
+  Tensor dz = empty(sizes_of(z), z.scalar_type());
+  const int64_t parts = parts_of(rows);
+  Tensor sums = floats(parts * columns);
+  const GeluBackward a = {dy.data_ptr(), z.data_ptr(), dz.data_ptr(), floats_of(sums), rows, columns, type_of(z),
+                          int8_t(check_activation(op, activation))};
+  const Kernels& kernel = kernels();
+  share(workers_for(parts), parts, [&](int, int64_t begin, int64_t end) { kernel.gelu_backward(a, begin, end); });
+  return {dz, sum_of_parts(a.sums, parts, columns, z.scalar_type())};
+}
+
+}  // namespace
+}  // namespace vit_fast
+
+STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CPU, m) {
+  m.impl("linear_fwd", TORCH_BOX(&vit_fast::linear_fwd));
+  m.impl("linear_dgelu_bwd", TORCH_BOX(&vit_fast::linear_dgelu_bwd));
+  m.impl("gelu_bwd", TORCH_BOX(&vit_fast::gelu_bwd));
+}

@@ -1,0 +1,211 @@
+// The product of cpu.h's `Product` with its epilogues, and GELU's derivative alone.
+#pragma once
+
+#include "patch_embed.h"
+#include "product.h"
+
+namespace vit_fast::VIT_FAST_ISA {
+
+VIT_FAST_INLINE vec activated(vec values, int activation) {
+  return activation == 0 ? values : activation == 1 ? gelu(values) : gelu_tanh(values);
+}
+VIT_FAST_INLINE vec derivative_at(vec values, int activation) {
+  return activation == 1 ? gelu_derivative(values) : gelu_tanh_derivative(values);
+}
+
+VIT_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+VIT_FAST_INLINE int64_t in_place_rows(const Product& a) { return a.pack_x ? a.columns : a.rows; }
+VIT_FAST_INLINE int64_t packed_rows(const Product& a) { return a.pack_x ? a.rows : a.columns; }
+
+// Whether the operand that is not packed is read from a copy, slice by slice: to become float32, and where its rows lie a multiple of
+// 4 KB apart, which fall into the same few places of the first cache, if enough panels use the copy to pay for it.
+template <class X>
+VIT_FAST_INLINE bool copies_slices(const Product& a) {
+  const int64_t stride = a.pack_x ? a.w_row : a.x_row;
+  return sizeof(X) < 4 || (stride % 1024 == 0 && packed_rows(a) >= 32 * PANEL);
+}
+
+// Values [k, k + depth) of rows [begin, begin + count), SLICE apart in `to`.
+template <class X>
+static void copy_slice(const Product& a, int64_t begin, int64_t count, int64_t k, int64_t depth, float* to) {
+  const X* from = static_cast<const X*>(a.pack_x ? a.w : a.x);
+  const int64_t stride = a.pack_x ? a.w_row : a.x_row;
+  for (int64_t i = 0; i < count; ++i) {
+    const X* row = from + (begin + i) * stride + k;
+    for_vectors(depth, [&](int64_t j, int n) { store_up_to(to + i * SLICE + j, load_up_to(row + j, n), n); });
+  }
+}
+
+static int64_t product_panels(const Product& a) { return panels_of(packed_rows(a)); }
+static int64_t product_tiles(const Product& a) {
+  return a.sums ? parts_of(a.rows) : (in_place_rows(a) + TILE - 1) / TILE;
+}
+static int64_t product_packed_size(const Product& a) {
+  return panels_of(packed_rows(a)) * PANEL * a.depth * (a.pack_x && a.patches ? 2 : 1);
+}
+static int64_t product_scratch_size(const Product& a) {
+  return BLOCK_ROWS * (BLOCK_COLUMNS + LANES + SLICE + (!a.pack_x && a.patches ? a.depth : 0));
+}
+
+static void product_pack(const Product& a, int64_t begin, int64_t end) {
+  const int64_t rows = packed_rows(a);
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = p * PANEL, count = smaller(rows - first, PANEL);
+    float* panel = a.packed + first * a.depth;
+    if (!a.pack_x && a.w_row == 1 && a.w_step != 1) {
+      if (a.x_type == Type::bf16) {
+        pack_columns(static_cast<const bf16*>(a.w) + first, a.w_step, count, a.depth, panel);
+      } else {
+        pack_columns(static_cast<const float*>(a.w) + first, a.w_step, count, a.depth, panel);
+      }
+    } else if (a.pack_x && a.patches) {
+      float* gathered = panel + panels_of(rows) * PANEL * a.depth;  // behind the panels: see product_packed_size
+      gather_patches(*a.patches, first, count, gathered);
+      pack_rows(gathered, a.depth, count, a.depth, panel);
+    } else {
+      const int64_t stride = a.pack_x ? a.x_row : a.w_row;
+      if (a.x_type == Type::bf16) {
+        pack_rows(static_cast<const bf16*>(a.pack_x ? a.x : a.w) + first * stride, stride, count, a.depth, panel);
+      } else {
+        pack_rows(static_cast<const float*>(a.pack_x ? a.x : a.w) + first * stride, stride, count, a.depth, panel);
+      }
+    }
+  }
+}
+
+// Into the second cache.
+VIT_FAST_INLINE void prefetch_rows(const float* from, int64_t rows, int64_t row_stride, int64_t depth) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(from + i * row_stride + k, 0, 2);
+  }
+}
+
+// What follows the sums: `count` values of row n from column j on. Overwrites them.
+template <class X, class R, class Y>
+VIT_FAST_INLINE void finish(const Product& a, float* sums, int64_t n, int64_t j, int64_t count, float* values) {
+  const int64_t in_group = n % a.group;
+  Y* y = static_cast<Y*>(a.y) + (n / a.group) * a.y_group + in_group * a.y_row + j;
+  X* z = a.z ? static_cast<X*>(a.z) + n * a.z_row + j : nullptr;
+  if (a.derivative) {
+    for_vectors(count, [&](int64_t i, int m) {
+      const vec dz = load_up_to(values + i, m) * derivative_at(load_up_to(z + i, m), a.activation);
+      store_up_to(y + i, dz, m);
+      store_up_to(sums + j + i, load_up_to(sums + j + i, m) + dz, m);
+    });
+    return;
+  }
+  const X* bias = a.bias ? static_cast<const X*>(a.bias) + j : nullptr;
+  const R* residual =
+      a.residual ? static_cast<const R*>(a.residual) + (n / a.group) * a.residual_group + in_group * a.residual_row + j : nullptr;
+  for_vectors(count, [&](int64_t i, int m) {
+    vec v = load_up_to(values + i, m);
+    if (bias) v += load_up_to(bias + i, m);
+    if (z) store_up_to(z + i, v, m);
+    v = activated(v, a.activation);
+    if (residual) v += load_up_to(residual + i, m);
+    store_up_to(y + i, v, m);
+  });
+}
+
+template <class X, class R, class Y>
+static void product_blocks(const Product& a, int worker, int64_t begin, int64_t end) {
+  float* block = a.scratch + worker * product_scratch_size(a);  // [BLOCK_ROWS][BLOCK_COLUMNS]
+  float* turned = block + BLOCK_ROWS * BLOCK_COLUMNS;           // [LANES][BLOCK_ROWS]
+  float* slice = turned + LANES * BLOCK_ROWS;                   // [BLOCK_ROWS][SLICE]
+  float* gathered = slice + BLOCK_ROWS * SLICE;                 // [BLOCK_ROWS][depth]
+  const bool gathers = !a.pack_x && a.patches, copies = !gathers && copies_slices<X>(a);
+  const int64_t packed = packed_rows(a);
+  const int64_t most = a.sums ? ROWS_OF_PART : BLOCK_ROWS;
+  static_assert(ROWS_OF_PART <= BLOCK_ROWS);
+  for (int64_t first = begin; first < end; first += most) {
+    const int64_t rows = smaller(end - first, most);
+    float* sums = a.sums ? a.sums + first / ROWS_OF_PART * a.columns : nullptr;
+    for (int64_t j = 0; sums && j < a.columns; ++j) sums[j] = 0;
+    if (gathers) gather_patches(*a.patches, first, rows, gathered);
+    for (int64_t column = 0; column < packed; column += BLOCK_COLUMNS) {
+      const int64_t columns = smaller(packed - column, BLOCK_COLUMNS);
+      for (int64_t k = 0; k < a.depth; k += SLICE) {
+        const int64_t depth = smaller(a.depth - k, SLICE);
+        const float* in_place = gathered + k;
+        int64_t row_stride = a.depth;
+        if (copies) {
+          copy_slice<X>(a, first, rows, k, depth, slice);
+          in_place = slice;
+          row_stride = SLICE;
+        } else if (!gathers) {
+          row_stride = a.pack_x ? a.w_row : a.x_row;
+          in_place = static_cast<const float*>(a.pack_x ? a.w : a.x) + first * row_stride + k;
+        }
+        for (int64_t p = column; p < column + columns; p += PANEL) {
+          const int64_t width = packed - p <= LANES ? LANES : PANEL;
+          const float* panel = a.packed + p * a.depth + k * width;
+          for (int64_t i = 0; i < rows; i += TILE) {
+            const int m = int(smaller(rows - i, TILE));
+            const float* from = in_place + i * row_stride;
+            // The first panel finds these rows far away, in runs too short for the hardware to see them coming.
+            if (p == column && !copies) prefetch_rows(from + TILE * row_stride, smaller(rows - i - TILE, TILE), row_stride, depth);
+            float* to = block + i * BLOCK_COLUMNS + (p - column);
+            if (width == PANEL) {
+              tile_of<TILE, 2>(m, depth, from, row_stride, 1, panel, PANEL, to, BLOCK_COLUMNS, k > 0);
+            } else {
+              tile_of<TILE, 1>(m, depth, from, row_stride, 1, panel, LANES, to, BLOCK_COLUMNS, k > 0);
+            }
+          }
+        }
+      }
+      if (!a.pack_x) {
+        for (int64_t i = 0; i < rows; ++i) finish<X, R, Y>(a, sums, first + i, column, columns, block + i * BLOCK_COLUMNS);
+      } else {
+        for (int64_t n = 0; n < columns; n += LANES) {
+          for (int64_t i = 0; i < rows; i += LANES) transpose(block + i * BLOCK_COLUMNS + n, BLOCK_COLUMNS, turned + i, BLOCK_ROWS);
+          for (int64_t lane = 0; lane < smaller(columns - n, LANES); ++lane) {
+            finish<X, R, Y>(a, sums, column + n + lane, first, rows, turned + lane * BLOCK_ROWS);
+          }
+        }
+      }
+    }
+  }
+}
+
+static void product(const Product& a, int worker, int64_t begin, int64_t end) {
+  const int64_t unit = a.sums ? ROWS_OF_PART : TILE;
+  begin *= unit;
+  end = smaller(end * unit, in_place_rows(a));
+  using f = float;
+  using b = bf16;
+  if (a.x_type == Type::f32) {
+    product_blocks<f, f, f>(a, worker, begin, end);
+  } else if (a.y_type == Type::f32) {
+    product_blocks<b, f, f>(a, worker, begin, end);
+  } else {
+    product_blocks<b, b, b>(a, worker, begin, end);
+  }
+}
+
+template <class T>
+static void gelu_backward_rows(const GeluBackward& a, int64_t part) {
+  float* sums = a.sums + part * a.columns;
+  for (int64_t j = 0; j < a.columns; ++j) sums[j] = 0;
+  for (int64_t row = part * ROWS_OF_PART; row < smaller((part + 1) * ROWS_OF_PART, a.rows); ++row) {
+    const T* dy = static_cast<const T*>(a.dy) + row * a.columns;
+    const T* z = static_cast<const T*>(a.z) + row * a.columns;
+    T* dz = static_cast<T*>(a.dz) + row * a.columns;
+    for_vectors(a.columns, [&](int64_t j, int n) {
+      const vec d = load_up_to(dy + j, n) * derivative_at(load_up_to(z + j, n), a.activation);
+      store_up_to(dz + j, d, n);
+      store_up_to(sums + j, load_up_to(sums + j, n) + d, n);
+    });
+  }
+}
+
+static void gelu_backward(const GeluBackward& a, int64_t begin, int64_t end) {
+  for (int64_t part = begin; part < end; ++part) {
+    if (a.type == Type::f32) {
+      gelu_backward_rows<float>(a, part);
+    } else {
+      gelu_backward_rows<bf16>(a, part);
+    }
+  }
+}
+
+}  // namespace vit_fast::VIT_FAST_ISA

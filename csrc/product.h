@@ -1,0 +1,145 @@
+// The matrix product behind every operation on a CPU.
+//
+//   y[n, j] = Σ_k x[n, k] w[j, k]
+//
+// One of the operands is packed: cut into panels of PANEL of its rows, in which the PANEL values of each k lie side by side. A tile
+// multiplies a panel's vectors by single values of TILE rows of the other operand, which is read where it lies. So either operand may
+// be the packed one; packing the one with fewer rows costs least. Depth is cut into slices, so that a panel's slice stays in the first
+// cache; the tiles of a block accumulate in a scratch matrix that stays in the second, where the epilogue finds it.
+// Source of the scheme: Goto & van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008).
+#pragma once
+
+#include "vector.h"
+
+namespace vit_fast::VIT_FAST_ISA {
+
+constexpr int PANEL = 2 * LANES;
+// Rows of a tile: its accumulators fill the registers (2 · TILE of 16 or 32), less two for the panel and one for the single value.
+constexpr int TILE = LANES == 16 ? 14 : 6;
+// Values of k in a slice: 24 KB of a panel. Shorter without fused multiply-adds, whose every step rounds twice.
+constexpr int64_t SLICE = LANES == 4 ? 96 : 6144 / PANEL;
+constexpr int64_t BLOCK_ROWS = 16 * TILE;  // of the operand that is read in place
+constexpr int64_t BLOCK_COLUMNS = 512;     // of panels, in one block
+
+// c[M][V·LANES] (+)= a · b over `depth` values of k.
+// a(i, k) = a[i * a_row + k * a_step], b(k, :) = b + k * b_step, c(i, :) = c + i * c_row.
+template <int M, int V>
+VIT_FAST_INLINE void tile(
+    int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c, int64_t c_row, bool add) {
+  vec acc[M][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[i][v] = vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    vec panel[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) panel[v] = load(b + v * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const vec single = all(a[i * a_row]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[i][v] += single * panel[v];
+    }
+    a += a_step;
+    b += b_step;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      // Every slice is summed apart and then added: shorter chains, smaller rounding errors.
+      float* to = c + i * c_row + v * LANES;
+      store(to, add ? acc[i][v] + load(to) : acc[i][v]);
+    }
+  }
+}
+
+template <int M, int V>
+static void tile_of(
+    int rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c,
+    int64_t c_row, bool add) {
+  if constexpr (M > 1) {
+    if (rows < M) return tile_of<M - 1, V>(rows, depth, a, a_row, a_step, b, b_step, c, c_row, add);
+  }
+  tile<M, V>(depth, a, a_row, a_step, b, b_step, c, c_row, add);
+}
+
+// A matrix of `rows` rows of `depth` values, packed: panel p begins at p · PANEL · depth, its values of k PANEL (or, in a last panel
+// of at most LANES rows, LANES) apart. Rows that are not there are zeros.
+VIT_FAST_INLINE int64_t panel_width(int64_t panel, int64_t rows) { return rows - panel * PANEL <= LANES ? LANES : PANEL; }
+VIT_FAST_INLINE int64_t panels_of(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+// c[rows][columns] (+)= a · b for `columns` of a packed operand from its first panel on: what attention is made of.
+VIT_FAST_INLINE void small_product(
+    int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* packed, float* c,
+    int64_t c_row, bool add) {
+  constexpr int64_t SHORT = 128;  // of a slice: everything is near, and the sums are as accurate as stock products'
+  for (int64_t p = 0; p < panels_of(columns); ++p) {
+    const int64_t width = panel_width(p, columns);
+    for (int64_t k = 0; k < depth; k += SHORT) {
+      const int64_t here = depth - k < SHORT ? depth - k : SHORT;
+      const float* panel = packed + p * PANEL * depth + k * width;
+      for (int64_t i = 0; i < rows; i += TILE) {
+        const int m = int(rows - i < TILE ? rows - i : TILE);
+        const float* from = a + i * a_row + k * a_step;
+        float* to = c + i * c_row + p * PANEL;
+        if (width == PANEL) {
+          tile_of<TILE, 2>(m, here, from, a_row, a_step, panel, PANEL, to, c_row, add || k > 0);
+        } else {
+          tile_of<TILE, 1>(m, here, from, a_row, a_step, panel, LANES, to, c_row, add || k > 0);
+        }
+      }
+    }
+  }
+}
+
+// LANES rows of LANES values each become LANES columns.
+VIT_FAST_INLINE void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  vec square[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) square[i] = load(from + i * from_row);
+  transpose(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) store(to + i * to_row, square[i]);
+}
+
+// One panel from rows whose values of k are side by side.
+template <class T>
+static void pack_rows(const T* rows, int64_t row_stride, int64_t count, int64_t depth, float* panel) {
+  const int64_t width = count <= LANES ? LANES : PANEL;
+  for (int64_t j = 0; j < width; j += LANES) {
+    const int64_t there = count - j < LANES ? count - j : LANES;
+    for (int64_t k = 0; k < depth; k += LANES) {
+      const int n = int(depth - k < LANES ? depth - k : LANES);
+      vec square[LANES];
+      if (there == LANES && n == LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) square[i] = load(rows + (j + i) * row_stride + k);
+      } else {
+        for (int i = 0; i < LANES; ++i) square[i] = i < there ? load_up_to(rows + (j + i) * row_stride + k, n) : vec{};
+      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
+        if (i < n) store(panel + (k + i) * width + j, square[i]);
+      }
+    }
+  }
+}
+
+// One panel from rows that lie side by side: the values of one k are adjacent, those of the next k_stride further.
+template <class T>
+static void pack_columns(const T* columns, int64_t k_stride, int64_t count, int64_t depth, float* panel) {
+  const int64_t width = count <= LANES ? LANES : PANEL;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t j = 0; j < width; j += LANES) {
+      const int64_t left = count - j;
+      const T* from = columns + k * k_stride + j;
+      store(panel + k * width + j, left <= 0 ? vec{} : load_up_to(from, int(left < LANES ? left : LANES)));
+    }
+  }
+}
+
+}  // namespace vit_fast::VIT_FAST_ISA
