@@ -4,13 +4,16 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format compile-report gpu clean
+.PHONY: demo test sanitize lint format compile-report cuda-report bench-cpu gpu sanitize-gpu clean
 
 demo: $(VENV)/installed  ## ViT-B/16 on photographs: parity, speed, an attention map
 	$(BIN)/vit-fast demo
 
 test: $(VENV)/installed  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+sanitize: $(VENV)/installed  ## the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/build_variant.py sanitize
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -23,8 +26,22 @@ format: $(VENV)/installed
 compile-report: $(VENV)/installed  ## every Triton kernel, every model size, every target; REPORT=--subset for a short one
 	$(BIN)/python bench/compile_report.py $(REPORT)
 
-gpu:  ## on a machine with a CUDA GPU, with its own torch and triton: GPU tests, timings, bench/results/<device>/
+cuda-report: $(VENV)/installed  ## compile the CUDA object, with no GPU; what its kernels take on every architecture
+	VIT_FAST_EXT=cuda $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python bench/cuda_resources.py
+
+bench-cpu: $(VENV)/installed  ## every operation on this CPU, the extension against stock PyTorch
+	$(BIN)/python bench/cpu.py --dtypes fp32,bf16
+
+# The machine's own Python, torch and triton. An extension that does not build is reported, and all else is measured.
+gpu:  ## on a machine with a CUDA GPU: builds the extension, GPU tests, timings, bench/results/<device>/
+	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) bench/gpu.py
+
+sanitize-gpu:  ## there: the extension's CUDA kernels under compute-sanitizer, memcheck and racecheck
+	VIT_FAST_EXT=cuda $(PYTHON) setup.py -q build_ext --inplace
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q tests/test_extension_cuda.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -q tests/test_extension_cuda.py -k "layer_norm or mlp"
 
 # torch comes first: the extension is built against the headers of the one that is installed.
 $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)

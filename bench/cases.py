@@ -143,6 +143,7 @@ def _linear(s: Shape) -> list[Case]:
     return [
         case("qkv", s.width, 3 * s.width),
         case("out+residual", s.width, s.width, residual=True),
+        case("fc1", s.width, s.hidden, hot=False),  # beside fc1+gelu: what an epilogue costs
         case("fc1+gelu", s.width, s.hidden, activation="gelu"),
         case("fc1+gelu_tanh", s.width, s.hidden, activation="gelu_tanh", hot=False),
         case("fc2+residual", s.hidden, s.width, residual=True),

@@ -201,6 +201,9 @@ def make_plan() -> Plan:
     return plan
 
 
+FILE_NAMES = f"-ffile-prefix-map={HERE}=csrc"  # in messages, and the same object wherever it is built
+
+
 def host_flags(torch: Path) -> list[str]:
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     flags = [
@@ -211,6 +214,7 @@ def host_flags(torch: Path) -> list[str]:
         "-fno-math-errno",
         "-Wall",
         "-Wextra",
+        FILE_NAMES,
     ]
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(torch / "include")]
     return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -258,14 +262,14 @@ def ninja_file(plan: Plan, device: str, target: Path) -> str:
         nvcc = shlex.join([plan.nvcc, "-ccbin", plan.compiler[0]])
         options = ["-std=c++20", "-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
         options += ["-isystem", str(plan.torch / "include"), "-isystem", str(plan.cublas)]
-        options += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *_architecture_flags(plan.architectures)]
+        options += ["-Xcompiler", f"-fPIC,-fvisibility=hidden,{FILE_NAMES}", *_architecture_flags(plan.architectures)]
         command = f"{nvcc} {shlex.join(options)} -MD -MF $out.d -c $in -o $out"
         lines.append(f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
         for source in CUDA_SOURCES:
             compile_with("nvcc", source, Path(source).stem)
         # nvcc knows where its runtime is, which goes in. cuBLASLt comes with the torch that loads this object: its symbols stay
         # open until then.
-        link = f"{nvcc} -shared -cudart static -forward-unknown-to-host-compiler -Wl,--no-as-needed"
+        link = f"{nvcc} -shared -cudart static -nodlink -forward-unknown-to-host-compiler -Wl,--no-as-needed"
     link += f" -o $out $in -L{shlex.quote(str(plan.torch / 'lib'))} -ltorch -ltorch_cpu -lc10 {os.environ.get('LDFLAGS', '')}"
     lines.append(f"rule link\n  command = {link}")
     lines.append(f"build {_ninja_text(target)}: link {' '.join(objects)}")

@@ -13,7 +13,7 @@ enum class Type : int8_t { f32, bf16 };
 
 // Sums over rows are taken in parts, which are then added up: short chains, small rounding errors, and the same result for any
 // number of threads.
-constexpr int64_t ROWS_OF_PART = 64;
+constexpr int64_t ROWS_OF_PART = 32;
 constexpr int64_t parts_of(int64_t rows) { return (rows + ROWS_OF_PART - 1) / ROWS_OF_PART; }
 
 // [rows, columns]; total = x + residual is written only with a residual, mean and rstd [rows] always.
@@ -47,22 +47,19 @@ struct Patches {
   bool round_to_bf16;  // the reference normalises in float32 and multiplies in the weight's dtype
 };
 
-// v[n, j] = Σ_k x[n, k] w[j, k] with what follows in the epilogue:
-//   forward     v += bias, z = v, y = act(v) + residual   (each of them only where its pointer is given)
-//   derivative  y = v act'(z), sums[n / ROWS_OF_PART][j] += y
+// v[n, j] = Σ_k x[n, k] w[j, k] with what follows in the epilogue, each of it only where its pointer is given:
+//   v += bias, z = v, y = act(v) + residual
 // Row n of y and of the residual lie at (n / group)·group_stride + (n % group)·row_stride.
 struct Product {
   const void *x, *w, *bias, *residual;
   const Patches* patches;  // where x comes from when it is not null
-  void *y, *z;             // z is read by `derivative`
-  float* sums;
+  void *y, *z;
   int64_t rows, columns, depth;
   int64_t x_row, w_row, w_step;  // w_step: from one k to the next; w_row or w_step is 1
   int64_t group, y_group, y_row, residual_group, residual_row, z_row;
   Type x_type, residual_type, y_type;  // w, bias and z have x's
   int8_t activation;                   // 0 none, 1 gelu, 2 gelu_tanh
-  bool derivative;
-  bool pack_x;     // which operand is packed; the work is counted in rows of the other. Not for sums, whose work is counted in parts
+  bool pack_x;     // which operand is packed; the work is counted in rows of the other
   float* packed;   // product_packed_size
   float* scratch;  // [workers][product_scratch_size]
 };
@@ -107,7 +104,7 @@ struct Kernels {
   void (*layer_norm_forward)(const LayerNormForward&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end);  // parts
   void (*product_pack)(const Product&, int64_t begin, int64_t end);  // panels of the packed operand
-  void (*product)(const Product&, int worker, int64_t begin, int64_t end);  // tiles of rows of the other one, or parts
+  void (*product)(const Product&, int worker, int64_t begin, int64_t end);  // tiles of rows of the other one
   int64_t (*product_panels)(const Product&);
   int64_t (*product_tiles)(const Product&);
   int64_t (*product_packed_size)(const Product&);

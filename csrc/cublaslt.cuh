@@ -137,6 +137,10 @@ class Lt {
         cublasLtMatmulAlgoGetHeuristic(
             handle, matmul.handle, a.handle, b.handle, c.handle, d.handle, preference.handle, MOST, results, &count),
         "cublasLtMatmulAlgoGetHeuristic");
+    // Only a result whose state says so holds an algorithm.
+    const auto last = std::remove_if(
+        results, results + count, [](const cublasLtMatmulHeuristicResult_t& result) { return result.state != CUBLAS_STATUS_SUCCESS; });
+    count = int(last - results);
     STD_TORCH_CHECK(count > 0, op, ": cuBLASLt has no algorithm for ", key);
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     cudaStreamIsCapturing(stream, &capturing);
@@ -150,7 +154,7 @@ class Lt {
     cudaEventCreate(&start);
     cudaEventCreate(&stop);
     for (int i = 0; i < count; ++i) {
-      if (results[i].state != CUBLAS_STATUS_SUCCESS || multiply(results[i].algo) != CUBLAS_STATUS_SUCCESS) continue;
+      if (multiply(results[i].algo) != CUBLAS_STATUS_SUCCESS) continue;
       float ms = 0;
       for (int round = 0; round < 3; ++round) {
         float this_ms = 0;
@@ -202,7 +206,8 @@ class Lt {
          {int64_t(device), p.rows, p.columns, p.depth, p.batch, p.x_row, p.y_row, p.w_row, p.w_step, p.x_batch, p.y_batch,
           p.residual_row, p.residual_batch, int64_t(p.residual != nullptr), int64_t(p.bias != nullptr), int64_t(p.epilogue),
           int64_t(p.aux != nullptr), int64_t(p.type), int64_t(alignment_of(p.x)), int64_t(alignment_of(p.w)),
-          int64_t(alignment_of(p.y)), int64_t(alignment_of(p.residual)), int64_t(alignment_of(p.aux))}) {
+          int64_t(alignment_of(p.y)), int64_t(alignment_of(p.residual)), int64_t(alignment_of(p.bias)),
+          int64_t(alignment_of(p.bias_gradient)), int64_t(alignment_of(p.aux))}) {
       key += std::to_string(part) + " ";
     }
     return key;

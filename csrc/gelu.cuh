@@ -24,7 +24,9 @@ __device__ inline float derivative_at(float x) {
   }
   const float squared = inside * inside, u2 = inside * (1.595769122f + 0.0713548163f * squared);
   // σ(2u) (1 - σ(2u)) is the same for -u, and exact to rounding as e/(1 + e)² with e = exp(-|2u|).
-  const float e = expf(-fabsf(u2)), inverse = 1.f / (1.f + e);
+  const float e = expf(-fabsf(u2)), s = 1.f + e;
+  float inverse = __fdividef(1.f, s);  // and a Newton step: s is in [1, 2] and needs none of what a full division is ready for
+  inverse = fmaf(fmaf(-s, inverse, 1.f), inverse, inverse);
   const float sigma = u2 < 0.f ? e * inverse : inverse;
   return sigma + inside * e * inverse * inverse * (1.595769122f + 0.2140644488f * squared);
 }

@@ -65,7 +65,7 @@ inline Tensor sum_of_parts(const float* parts, int64_t count, int64_t columns, S
   return sum;
 }
 
-// Packs one operand and computes; chooses which, and allocates what both steps need. With `sums`, the sum of y's rows goes there.
-void run_product(Product& a, const Tensor* sums = nullptr);
+// Packs one operand and computes; chooses which, and allocates what both steps need.
+void run_product(Product& a);
 
 }  // namespace vit_fast

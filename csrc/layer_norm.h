@@ -62,38 +62,55 @@ static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, in
   }
 }
 
-// With g = dy γ and h = (s - mean) rstd:  ds = rstd (g - mean(g) - h mean(g h)) + dtotal,  dγ = Σ dy h,  dβ = Σ dy.
-template <class T, class W>
-static void layer_norm_backward_rows(const LayerNormBackward& a, int64_t part) {
-  const int64_t columns = a.columns, begin = part * ROWS_OF_PART;
-  const int64_t end = begin + ROWS_OF_PART < a.rows ? begin + ROWS_OF_PART : a.rows;
+// M rows from `row` on. With g = dy γ and h = (s - mean) rstd:
+//   ds = rstd (g - mean(g) - h mean(g h)) + dtotal,  dγ += Σ dy h,  dβ += Σ dy.
+// The parameters' sums are read and written once for the M rows.
+template <int M, class T, class W>
+static void layer_norm_backward_of(const LayerNormBackward& a, int64_t row, float* dweight, float* dbias) {
+  const int64_t columns = a.columns;
   const W* weight = static_cast<const W*>(a.weight);
-  float* dweight = a.sums + part * columns;
-  float* dbias = dweight + parts_of(a.rows) * columns;
-  for (int64_t i = 0; i < columns; ++i) dweight[i] = dbias[i] = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    const W* dy = static_cast<const W*>(a.dy) + row * a.dy_row;
-    const T* total = static_cast<const T*>(a.total) + row * a.total_row;
-    const T* dtotal = a.dtotal ? static_cast<const T*>(a.dtotal) + row * a.dtotal_row : nullptr;
-    T* dx = static_cast<T*>(a.dx) + row * columns;
-    const float mean = a.mean[row], rstd = a.rstd[row];
-    vec sum_g = {}, sum_gh = {};
+  const W* dy = static_cast<const W*>(a.dy) + row * a.dy_row;
+  const T* total = static_cast<const T*>(a.total) + row * a.total_row;
+  vec sum_g[M] = {}, sum_gh[M] = {};
+  for_vectors(columns, [&](int64_t i, int n) {
+    const vec w = load_up_to(weight + i, n);
+    vec dw = load_up_to(dweight + i, n), db = load_up_to(dbias + i, n);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const vec d = load_up_to(dy + m * a.dy_row + i, n);
+      const vec h = (load_up_to(total + m * a.total_row + i, n) - a.mean[row + m]) * a.rstd[row + m], g = d * w;
+      sum_g[m] += g;
+      sum_gh[m] += g * h;  // lanes past the end have g = 0
+      dw += d * h;
+      db += d;
+    }
+    store_up_to(dweight + i, dw, n);
+    store_up_to(dbias + i, db, n);
+  });
+  for (int m = 0; m < M; ++m) {
+    const float mean = a.mean[row + m], rstd = a.rstd[row + m];
+    const float mean_g = sum(sum_g[m]) / float(columns), mean_gh = sum(sum_gh[m]) / float(columns);
+    const T* dtotal = a.dtotal ? static_cast<const T*>(a.dtotal) + (row + m) * a.dtotal_row : nullptr;
+    T* dx = static_cast<T*>(a.dx) + (row + m) * columns;
     for_vectors(columns, [&](int64_t i, int n) {
-      const vec d = load_up_to(dy + i, n), h = (load_up_to(total + i, n) - mean) * rstd, g = d * load_up_to(weight + i, n);
-      sum_g += g;
-      sum_gh += g * h;  // lanes past the end have g = 0
-      store_up_to(dweight + i, load_up_to(dweight + i, n) + d * h, n);
-      store_up_to(dbias + i, load_up_to(dbias + i, n) + d, n);
-    });
-    const float mean_g = sum(sum_g) / float(columns), mean_gh = sum(sum_gh) / float(columns);
-    for_vectors(columns, [&](int64_t i, int n) {
-      const vec h = (load_up_to(total + i, n) - mean) * rstd;
-      const vec g = rounded(load_up_to(dy + i, n) * load_up_to(weight + i, n));  // as in its mean: equal ones cancel to 0
+      const vec h = (load_up_to(total + m * a.total_row + i, n) - mean) * rstd;
+      const vec g = rounded(load_up_to(dy + m * a.dy_row + i, n) * load_up_to(weight + i, n));  // as in its mean: equal ones cancel
       vec d = rstd * (g - mean_g - h * mean_gh);
       if (dtotal) d += load_up_to(dtotal + i, n);
       store_up_to(dx + i, d, n);
     });
   }
+}
+
+template <class T, class W>
+static void layer_norm_backward_rows(const LayerNormBackward& a, int64_t part) {
+  float* dweight = a.sums + part * a.columns;
+  float* dbias = dweight + parts_of(a.rows) * a.columns;
+  for (int64_t i = 0; i < a.columns; ++i) dweight[i] = dbias[i] = 0;
+  int64_t row = part * ROWS_OF_PART;
+  const int64_t end = row + ROWS_OF_PART < a.rows ? row + ROWS_OF_PART : a.rows;
+  for (; row + 4 <= end; row += 4) layer_norm_backward_of<4, T, W>(a, row, dweight, dbias);
+  for (; row < end; ++row) layer_norm_backward_of<1, T, W>(a, row, dweight, dbias);
 }
 
 static void layer_norm_forward(const LayerNormForward& a, int64_t begin, int64_t end) {

@@ -32,6 +32,10 @@ LtProduct take_operands(const char* op, const char* name, const Tensor& x, const
   if (p.columns == 1 && p.w_step != 1) p.w_row = 1;
   p.rows = rows_of(x);
   // cuBLASLt takes no leading dimension of 0: one row for all is a product of its own for every row's place.
+  const bool of_rows = p.w_step == 1;
+  STD_TORCH_CHECK(
+      of_rows ? p.columns == 1 || p.w_row >= p.depth : p.depth == 1 || p.w_step >= p.columns,
+      op, ": weight's rows must not overlap, got strides ", text_of(weight.strides()));
   STD_TORCH_CHECK(
       p.rows <= 1 || p.x_row >= p.depth, op, ": ", name, "'s rows must not overlap, got strides ", text_of(x.strides()));
   p.batch = 1;

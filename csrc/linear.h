@@ -37,9 +37,7 @@ static void copy_slice(const Product& a, int64_t begin, int64_t count, int64_t k
 }
 
 static int64_t product_panels(const Product& a) { return panels_of(packed_rows(a)); }
-static int64_t product_tiles(const Product& a) {
-  return a.sums ? parts_of(a.rows) : (in_place_rows(a) + TILE - 1) / TILE;
-}
+static int64_t product_tiles(const Product& a) { return (in_place_rows(a) + TILE - 1) / TILE; }
 static int64_t product_packed_size(const Product& a) {
   return panels_of(packed_rows(a)) * PANEL * a.depth * (a.pack_x && a.patches ? 2 : 1);
 }
@@ -73,27 +71,35 @@ static void product_pack(const Product& a, int64_t begin, int64_t end) {
   }
 }
 
-// Into the second cache.
-VIT_FAST_INLINE void prefetch_rows(const float* from, int64_t rows, int64_t row_stride, int64_t depth) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(from + i * row_stride + k, 0, 2);
+// One row into the second cache.
+VIT_FAST_INLINE void prefetch_row(const float* row, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(row + k, 0, 2);
+}
+
+// Where `rows` rows of results go from column j on, and what is added to them, into the second cache.
+template <class X, class R, class Y>
+VIT_FAST_INLINE void prefetch_results(const Product& a, int64_t n, int64_t j, int64_t rows, int64_t columns) {
+  for (int64_t i = n; i < n + rows; ++i) {
+    const int64_t group = i / a.group, in_group = i % a.group;
+    const Y* y = static_cast<const Y*>(a.y) + group * a.y_group + in_group * a.y_row + j;
+    for (int64_t k = 0; k < columns; k += 64 / sizeof(Y)) __builtin_prefetch(y + k, 1, 2);
+    if (a.residual) {
+      const R* residual = static_cast<const R*>(a.residual) + group * a.residual_group + in_group * a.residual_row + j;
+      for (int64_t k = 0; k < columns; k += 64 / sizeof(R)) __builtin_prefetch(residual + k, 0, 2);
+    }
+    if (a.z) {
+      const X* z = static_cast<const X*>(a.z) + i * a.z_row + j;
+      for (int64_t k = 0; k < columns; k += 64 / sizeof(X)) __builtin_prefetch(z + k, 1, 2);
+    }
   }
 }
 
 // What follows the sums: `count` values of row n from column j on. Overwrites them.
 template <class X, class R, class Y>
-VIT_FAST_INLINE void finish(const Product& a, float* sums, int64_t n, int64_t j, int64_t count, float* values) {
+VIT_FAST_INLINE void finish(const Product& a, int64_t n, int64_t j, int64_t count, float* values) {
   const int64_t in_group = n % a.group;
   Y* y = static_cast<Y*>(a.y) + (n / a.group) * a.y_group + in_group * a.y_row + j;
   X* z = a.z ? static_cast<X*>(a.z) + n * a.z_row + j : nullptr;
-  if (a.derivative) {
-    for_vectors(count, [&](int64_t i, int m) {
-      const vec dz = load_up_to(values + i, m) * derivative_at(load_up_to(z + i, m), a.activation);
-      store_up_to(y + i, dz, m);
-      store_up_to(sums + j + i, load_up_to(sums + j + i, m) + dz, m);
-    });
-    return;
-  }
   const X* bias = a.bias ? static_cast<const X*>(a.bias) + j : nullptr;
   const R* residual =
       a.residual ? static_cast<const R*>(a.residual) + (n / a.group) * a.residual_group + in_group * a.residual_row + j : nullptr;
@@ -115,12 +121,8 @@ static void product_blocks(const Product& a, int worker, int64_t begin, int64_t 
   float* gathered = slice + BLOCK_ROWS * SLICE;                 // [BLOCK_ROWS][depth]
   const bool gathers = !a.pack_x && a.patches, copies = !gathers && copies_slices<X>(a);
   const int64_t packed = packed_rows(a);
-  const int64_t most = a.sums ? ROWS_OF_PART : BLOCK_ROWS;
-  static_assert(ROWS_OF_PART <= BLOCK_ROWS);
-  for (int64_t first = begin; first < end; first += most) {
-    const int64_t rows = smaller(end - first, most);
-    float* sums = a.sums ? a.sums + first / ROWS_OF_PART * a.columns : nullptr;
-    for (int64_t j = 0; sums && j < a.columns; ++j) sums[j] = 0;
+  for (int64_t first = begin; first < end; first += BLOCK_ROWS) {
+    const int64_t rows = smaller(end - first, BLOCK_ROWS);
     if (gathers) gather_patches(*a.patches, first, rows, gathered);
     for (int64_t column = 0; column < packed; column += BLOCK_COLUMNS) {
       const int64_t columns = smaller(packed - column, BLOCK_COLUMNS);
@@ -136,30 +138,40 @@ static void product_blocks(const Product& a, int worker, int64_t begin, int64_t 
           row_stride = a.pack_x ? a.w_row : a.x_row;
           in_place = static_cast<const float*>(a.pack_x ? a.w : a.x) + first * row_stride + k;
         }
-        for (int64_t p = column; p < column + columns; p += PANEL) {
-          const int64_t width = packed - p <= LANES ? LANES : PANEL;
-          const float* panel = a.packed + p * a.depth + k * width;
+        const bool last = k + depth == a.depth;
+        const auto multiply = [&](int64_t i, int64_t p) {
+          const int64_t m = smaller(rows - i, TILE), next = smaller(rows - i - TILE, TILE);
+          const float* from = in_place + i * row_stride;
+          // The next strip's rows come in runs too short for the hardware to see: with the first panel, or some with each.
+          const int64_t begin = STRIPS_STAY ? (p - column) / PANEL : (p == column ? 0 : next);
+          const int64_t step = STRIPS_STAY ? panels_of(columns) : 1;
+          for (int64_t r = begin; !copies && r < next; r += step) prefetch_row(from + (TILE + r) * row_stride, depth);
+          if (last && !a.pack_x) prefetch_results<X, R, Y>(a, first + i, p, m, smaller(packed - p, PANEL));
+          const bool full = packed - p > LANES;
+          const float* panel = a.packed + p * a.depth + k * (full ? PANEL : LANES);
+          const auto tile_of_width = full ? tile_of<TILE, 2, true> : tile_of<TILE, 1, true>;
+          tile_of_width(int(m), depth, from, row_stride, 1, panel, block + i * BLOCK_COLUMNS + (p - column), BLOCK_COLUMNS, k > 0);
+        };
+        const auto finish_rows = [&](int64_t i, int64_t end) {
+          for (; last && !a.pack_x && i < end; ++i) finish<X, R, Y>(a, first + i, column, columns, block + i * BLOCK_COLUMNS);
+        };
+        if constexpr (STRIPS_STAY) {
           for (int64_t i = 0; i < rows; i += TILE) {
-            const int m = int(smaller(rows - i, TILE));
-            const float* from = in_place + i * row_stride;
-            // The first panel finds these rows far away, in runs too short for the hardware to see them coming.
-            if (p == column && !copies) prefetch_rows(from + TILE * row_stride, smaller(rows - i - TILE, TILE), row_stride, depth);
-            float* to = block + i * BLOCK_COLUMNS + (p - column);
-            if (width == PANEL) {
-              tile_of<TILE, 2>(m, depth, from, row_stride, 1, panel, PANEL, to, BLOCK_COLUMNS, k > 0);
-            } else {
-              tile_of<TILE, 1>(m, depth, from, row_stride, 1, panel, LANES, to, BLOCK_COLUMNS, k > 0);
-            }
+            for (int64_t p = column; p < column + columns; p += PANEL) multiply(i, p);
+            finish_rows(i, smaller(i + TILE, rows));
           }
+        } else {
+          for (int64_t p = column; p < column + columns; p += PANEL) {
+            for (int64_t i = 0; i < rows; i += TILE) multiply(i, p);
+          }
+          finish_rows(0, rows);
         }
       }
-      if (!a.pack_x) {
-        for (int64_t i = 0; i < rows; ++i) finish<X, R, Y>(a, sums, first + i, column, columns, block + i * BLOCK_COLUMNS);
-      } else {
+      if (a.pack_x) {
         for (int64_t n = 0; n < columns; n += LANES) {
           for (int64_t i = 0; i < rows; i += LANES) transpose(block + i * BLOCK_COLUMNS + n, BLOCK_COLUMNS, turned + i, BLOCK_ROWS);
           for (int64_t lane = 0; lane < smaller(columns - n, LANES); ++lane) {
-            finish<X, R, Y>(a, sums, column + n + lane, first, rows, turned + lane * BLOCK_ROWS);
+            finish<X, R, Y>(a, column + n + lane, first, rows, turned + lane * BLOCK_ROWS);
           }
         }
       }
@@ -168,9 +180,8 @@ static void product_blocks(const Product& a, int worker, int64_t begin, int64_t 
 }
 
 static void product(const Product& a, int worker, int64_t begin, int64_t end) {
-  const int64_t unit = a.sums ? ROWS_OF_PART : TILE;
-  begin *= unit;
-  end = smaller(end * unit, in_place_rows(a));
+  begin *= TILE;
+  end = smaller(end * TILE, in_place_rows(a));
   using f = float;
   using b = bf16;
   if (a.x_type == Type::f32) {

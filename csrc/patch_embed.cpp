@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
 
   // The sums over the batch in float32, rounded once.
   const std::vector<int64_t> over_images = {0}, over_patches = {1};
-  Tensor positions = torch::stable::sum(dout, over_images, true, ScalarType::Float);
+  Tensor positions = batch == 1 ? torch::stable::clone(torch::stable::to(dout, ScalarType::Float))
+                                : torch::stable::sum(dout, over_images, true, ScalarType::Float);
   Tensor bias = torch::stable::sum(torch::stable::narrow(positions, 1, 1, in_image), over_patches, false);
   Tensor cls_token = torch::stable::clone(torch::stable::narrow(positions, 1, 0, 1));
   const auto rounded = [&](const Tensor& sum) { return torch::stable::to(sum, dout.scalar_type()); };

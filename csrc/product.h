@@ -4,8 +4,9 @@
 //
 // One of the operands is packed: cut into panels of PANEL of its rows, in which the PANEL values of each k lie side by side. A tile
 // multiplies a panel's vectors by single values of TILE rows of the other operand, which is read where it lies. So either operand may
-// be the packed one; packing the one with fewer rows costs least. Depth is cut into slices, so that a panel's slice stays in the first
-// cache; the tiles of a block accumulate in a scratch matrix that stays in the second, where the epilogue finds it.
+// be the packed one. Depth is cut into slices, so that a panel's slice, or that of a strip of TILE rows, stays in the first cache while
+// what it is multiplied by passes from the second; the tiles of a block accumulate in a scratch matrix that stays in the second as well,
+// where the epilogue finds it.
 // Source of the scheme: Goto & van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008).
 #pragma once
 
@@ -20,18 +21,22 @@ constexpr int TILE = LANES == 16 ? 14 : 6;
 constexpr int64_t SLICE = LANES == 4 ? 96 : 6144 / PANEL;
 constexpr int64_t BLOCK_ROWS = 16 * TILE;  // of the operand that is read in place
 constexpr int64_t BLOCK_COLUMNS = 512;     // of panels, in one block
+// Which of the two stays: strips are 4-7 % faster with 16 lanes, panels 3-5 % with 8 (Xeon, B/16 batch 8, 2026-11-25).
+constexpr bool STRIPS_STAY = LANES == 16;
 
 // c[M][V·LANES] (+)= a · b over `depth` values of k.
-// a(i, k) = a[i * a_row + k * a_step], b(k, :) = b + k * b_step, c(i, :) = c + i * c_row.
-template <int M, int V>
+// a(i, k) = a[i * a_row + k * a_step], b(k, :) = b + k * V · LANES, c(i, :) = c + i * c_row. SIDE_BY_SIDE: a_step is 1. Said in the
+// type, since a compiler that keeps the step in a register moves row addresses out of them: 10 % (Xeon with AVX-512, 2026-11-25).
+template <int M, int V, bool SIDE_BY_SIDE>
 VIT_FAST_INLINE void tile(
-    int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c, int64_t c_row, bool add) {
+    int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, bool add) {
   vec acc[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[i][v] = vec{};
   }
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     vec panel[V];
 #pragma GCC unroll 2
@@ -42,8 +47,8 @@ VIT_FAST_INLINE void tile(
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[i][v] += single * panel[v];
     }
-    a += a_step;
-    b += b_step;
+    a += SIDE_BY_SIDE ? 1 : a_step;
+    b += V * LANES;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -56,14 +61,13 @@ VIT_FAST_INLINE void tile(
   }
 }
 
-template <int M, int V>
+template <int M, int V, bool SIDE_BY_SIDE>
 static void tile_of(
-    int rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c,
-    int64_t c_row, bool add) {
+    int rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, bool add) {
   if constexpr (M > 1) {
-    if (rows < M) return tile_of<M - 1, V>(rows, depth, a, a_row, a_step, b, b_step, c, c_row, add);
+    if (rows < M) return tile_of<M - 1, V, SIDE_BY_SIDE>(rows, depth, a, a_row, a_step, b, c, c_row, add);
   }
-  tile<M, V>(depth, a, a_row, a_step, b, b_step, c, c_row, add);
+  tile<M, V, SIDE_BY_SIDE>(depth, a, a_row, a_step, b, c, c_row, add);
 }
 
 // A matrix of `rows` rows of `depth` values, packed: panel p begins at p · PANEL · depth, its values of k PANEL (or, in a last panel
@@ -85,11 +89,9 @@ VIT_FAST_INLINE void small_product(
         const int m = int(rows - i < TILE ? rows - i : TILE);
         const float* from = a + i * a_row + k * a_step;
         float* to = c + i * c_row + p * PANEL;
-        if (width == PANEL) {
-          tile_of<TILE, 2>(m, here, from, a_row, a_step, panel, PANEL, to, c_row, add || k > 0);
-        } else {
-          tile_of<TILE, 1>(m, here, from, a_row, a_step, panel, LANES, to, c_row, add || k > 0);
-        }
+        const auto multiply = width == PANEL ? (a_step == 1 ? tile_of<TILE, 2, true> : tile_of<TILE, 2, false>)
+                                             : (a_step == 1 ? tile_of<TILE, 1, true> : tile_of<TILE, 1, false>);
+        multiply(m, here, from, a_row, a_step, panel, to, c_row, add || k > 0);
       }
     }
   }

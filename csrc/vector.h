@@ -86,14 +86,14 @@ VIT_FAST_INLINE void store(bf16* p, vec values) {
 template <class T>
 VIT_FAST_INLINE vec load_first(const T* p, int n) {
   float lanes[LANES] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = get(p + i);
+  for (int i = 0; i < LANES && i < n; ++i) lanes[i] = get(p + i);
   return load(lanes);
 }
 template <class T>
 VIT_FAST_INLINE void store_first(T* p, vec values, int n) {
   float lanes[LANES];
   store(lanes, values);
-  for (int i = 0; i < n; ++i) put(p + i, lanes[i]);
+  for (int i = 0; i < LANES && i < n; ++i) put(p + i, lanes[i]);
 }
 
 // Calls step(offset, n) for each vector of `count` elements: n == LANES for all but a rest.

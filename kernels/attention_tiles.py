@@ -9,13 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import Target, dot_precision
+from vit_fast.kernels.common import Target, dot, dot_precision
 
 SMALLEST = 16  # a tensor core's shortest edge
 LOG2E = tl.constexpr(1.4426950408889634)
-
-# Triton's interpreter keeps bfloat16 as its bits and multiplies those; products of bfloat16 are exact in float32.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def split(size: int, parts: int, largest: int = 1 << 30) -> tuple[int, ...]:
@@ -144,13 +141,6 @@ def scale_tile(tile, factor):
     for i in tl.static_range(len(tile)):
         pieces = pieces + (tile[i] * factor,)
     return pieces
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What every kernel file shares: the device's limits, and the launch on the tensor's own device."""
+"""What every kernel file shares: the device's limits, the launch on the tensor's own device, the product."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,15 @@ def dot_precision(dtype: torch.dtype) -> str:
     # 16-bit operands have one precision, which Triton calls "ieee"; so do products on AMD's GPUs, not all of which have TF32.
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
+
+
+# Triton's interpreter keeps bfloat16 as its bits and multiplies those; products of bfloat16 are exact in float32.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, in the accumulator's dtype."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

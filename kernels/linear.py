@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import Target, dot_precision, on_device, target_of
+from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of
 from vit_fast.kernels.gelu import accumulator, gelu, gelu_derivative, takes_erf
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
@@ -64,9 +64,6 @@ def product_config(rows: int, columns: int, depth: int, dtype: torch.dtype, targ
 
 
 # ---- The product ----------------------------------------------------------------------------------------------------
-
-# Triton's interpreter keeps bfloat16 as its bits and multiplies those; products of bfloat16 are exact in float32.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -117,9 +114,7 @@ def _product(
             inside = k < depth - start
             x = tl.load(x_ptrs, inside[None, :], 0.0)
             weight = tl.load(weight_ptrs, inside[:, None] & (col < columns)[None, :], 0.0)
-        if _INTERPRETED and x.dtype == tl.bfloat16:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = dot(x, weight, acc, PRECISION)
         x_ptrs += BLOCK_DEPTH
         weight_ptrs += weight_step
     return acc

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import Target, dot_precision, on_device, target_of
+from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
@@ -78,18 +78,7 @@ def backward_config(rows: int, width: int, depth: int, dtype: torch.dtype, targe
     return block_m, block_n, block_r, warps, stages, max(shares, 1)
 
 
-# Triton's interpreter keeps bfloat16 as its bits and multiplies those; products of bfloat16 are exact in float32.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
 # ---- Kernels --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -225,7 +214,7 @@ def _patch_embed_fwd_kernel(
             scale, shift = _normalisation(images_ptr, mean_ptr, std_ptr, channel, C, acc_type)
         x = _gather(images_ptr, origin, in_m, offset, in_k, scale, shift, dtype, K_FIRST)
         w = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=in_k[:, None] & in_n[None, :], other=0.0)
-        acc = _dot(x, w, acc, PRECISION)
+        acc = dot(x, w, acc, PRECISION)
 
     # By quarters: all at once, position, sum and addresses take more registers than there are beside the accumulator.
     out_ptr += first_row * D
@@ -291,7 +280,7 @@ def _patch_embed_bwd_kernel(
         x = _gather(images_ptr, origin, in_r, offset, in_k, scale, shift, dtype, K_FIRST)
         dout_row = image * (patches + 1) + 1 + patch
         dout = tl.load(dout_ptr + dout_row[None, :] * D + m[:, None], mask=in_m[:, None] & in_r[None, :], other=0.0)
-        acc = _dot(dout.to(dtype), x, acc, PRECISION)
+        acc = dot(dout.to(dtype), x, acc, PRECISION)
 
     out = partials_ptr + (part * D + m[:, None]) * K + k[None, :]
     tl.store(out, acc, mask=in_m[:, None] & in_k[None, :])

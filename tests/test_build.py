@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_what_an_isolated_build_fetches(environment, monkeypatch):
 
 
 def checkout(folder: Path) -> Path:
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("vit_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -147,6 +148,18 @@ def test_auto_without_a_compiler_still_installs(tmp_path):
     wheel, printed = pip_wheel(tmp_path, "--no-build-isolation", CXX="no-such-compiler")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert printed.count("vit_fast: no extension; not for cpu: no C++ compiler: no-such-compiler not found") >= 1
+
+
+def test_source_distribution(tmp_path):
+    """It holds what the extension is built from."""
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=checkout(tmp_path), env={**os.environ, "VIT_FAST_EXT": "off"}, check=True, timeout=120)
+    [path] = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.*")}
+    assert len(sources) > 20 and sources | {"setup.py", "pyproject.toml", "kernels/common.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
 def test_asked_for_by_name_fails_clearly(tmp_path):

@@ -159,7 +159,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, activation, residual, kernels):
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         keep = activation is not None and (for_x or for_weight or for_bias)
-        y, z = kernels.linear_fwd(x, weight, bias, activation, residual, keep)
+        y, z = _forward(kernels, x, weight, bias, activation, residual, keep)
         ctx.kernels, ctx.activation, ctx.dtype = kernels, activation, x.dtype
         ctx.save_for_backward(x if for_weight else None, weight if for_x else None, z if keep else None)
         return y
@@ -224,10 +224,23 @@ class _Mlp(torch.autograd.Function):
         )
 
 
+def _forward(kernels, x, weight, bias, activation, residual, keep=False):
+    """``kernels.linear_fwd``, but for deep products on CPUs without an activation: BLAS multiplies those faster.
+
+    fc2 of B/16 with a residual, batch 1 and 8: 0.94 and 0.91 of the stock composition's speed by the extension's kernel
+    (Xeon with AVX-512, 2 threads, 2026-11-25); adding in place is ahead of it.
+    """
+    deep = weight.shape[1] >= 2 * weight.shape[0]
+    if x.device.type == "cpu" and kernels is torch.ops.vit_fast_cpp and deep and activation is None:
+        y = F.linear(x, weight, bias)
+        return (y if residual is None else y.add_(residual) if residual.dtype == y.dtype else y + residual), None
+    return kernels.linear_fwd(x, weight, bias, activation, residual, keep)
+
+
 def _second_layer(h, weight, bias, residual, kernels):
     if residual is None:
         return F.linear(h, weight, bias)
-    return kernels.linear_fwd(h, weight, bias, None, residual, False)[0]
+    return _forward(kernels, h, weight, bias, None, residual)[0]
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -251,7 +264,7 @@ def _linear_with_kernels(kernels, products_on: str = ""):
         x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
         if _records(x, weight, bias, residual):
             return _Linear.apply(x, weight, bias, activation, residual, kernels)
-        return kernels.linear_fwd(x, weight, bias, activation, residual, False)[0]
+        return _forward(kernels, x, weight, bias, activation, residual)[0]
 
     return run
 
