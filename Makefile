@@ -4,13 +4,16 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test sanitize lint format compile-report cuda-report bench-cpu gpu sanitize-gpu clean
+.PHONY: demo test emulate sanitize lint format compile-report cuda-report bench-cpu gpu sanitize-gpu clean
 
 demo: $(VENV)/installed  ## ViT-B/16 on photographs: parity, speed, an attention map
 	$(BIN)/vit-fast demo
 
 test: $(VENV)/installed  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+emulate: $(VENV)/installed  ## the CUDA kernels' code, run on the CPU by an emulation
+	$(BIN)/python tests/build_variant.py emulated
 
 sanitize: $(VENV)/installed  ## the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/build_variant.py sanitize

@@ -38,7 +38,7 @@ VIT_FAST_INLINE vec all(float value) { return value - vec{}; }
 
 // A product that is rounded before it is added to: without this the compiler may make one multiply-add of both.
 VIT_FAST_INLINE vec rounded(vec product) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VIT_FAST_LANES)
   __asm__("" : "+v"(product));
 #elif defined(__aarch64__)
   __asm__("" : "+w"(product));

@@ -123,6 +123,11 @@ def test_chosen_by_name_only(dtype):
         wide = torch.empty(2, 16, device="cuda", dtype=torch.float64)
         with pytest.raises(RuntimeError, match="on cuda it takes float32, float16, bfloat16, got float64"):
             vit_fast.ops.layer_norm(wide, wide[0], wide[0])
+        with pytest.raises(RuntimeError, match="x's rows must not overlap"):
+            vit_fast.ops.linear(x[0, :1].expand(5, 16), matrix, None, "gelu")
+        with pytest.raises(RuntimeError, match="a weight's rows must not overlap"):
+            vit_fast.ops.linear(x, matrix[:1].expand(24, 16), None, "gelu")
+        assert vit_fast.ops.linear(x, matrix[:, :16].t().contiguous().t(), None, "gelu").shape == (2, 5, 24)
         with backends.use("auto"):
             reason = backends.OPERATIONS["layer_norm"].reason_against("cpp", x, weight, weight, 1e-6, None)
             assert reason == "under 'auto' it serves CPUs only: nobody has timed it on a GPU"
