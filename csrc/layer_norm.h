@@ -11,13 +11,18 @@ static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, in
   const int64_t columns = a.columns;
   const W* weight = static_cast<const W*>(a.weight);
   const W* bias = static_cast<const W*>(a.bias);
+  // A row of bfloat16 is turned into float32 once, not in each pass.
+  constexpr int64_t WIDEST = sizeof(T) == 2 ? 4096 : 0;
+  float widened[WIDEST + LANES];
+  const bool widens = columns <= WIDEST;
   for (int64_t row = begin; row < end; ++row) {
     const X* x = static_cast<const X*>(a.x) + row * a.x_row;
     const R* residual = a.residual ? static_cast<const R*>(a.residual) + row * a.residual_row : nullptr;
     T* total = a.residual ? static_cast<T*>(a.total) + row * columns : nullptr;
     W* y = static_cast<W*>(a.y) + row * columns;
     // The sum as the next operation will read it: rounded to its dtype.
-    const auto values = [&](int64_t i, int n) { return residual ? load_up_to(total + i, n) : load_up_to(x + i, n); };
+    const auto given = [&](int64_t i, int n) { return residual ? load_up_to(total + i, n) : load_up_to(x + i, n); };
+    const auto values = [&](int64_t i, int n) { return widens ? load_up_to(widened + i, n) : given(i, n); };
     vec sums[4] = {};
     int64_t i = 0;
     if (residual) {
@@ -25,6 +30,7 @@ static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, in
         store_up_to(total + i, load_up_to(x + i, n) + load_up_to(residual + i, n), n);
       });
     }
+    if (widens) for_vectors(columns, [&](int64_t i, int n) { store(widened + i, given(i, n)); });
     for (; i + 4 * LANES <= columns; i += 4 * LANES) {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) sums[v] += values(i + v * LANES, LANES);
@@ -48,7 +54,7 @@ static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, in
     }
     float rest = 0;
     for (; i < columns; ++i) {
-      const float distance = (residual ? get(total + i) : get(x + i)) - mean;
+      const float distance = (widens ? widened[i] : residual ? get(total + i) : get(x + i)) - mean;
       rest += distance * distance;
     }
     const float variance = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / float(columns);
