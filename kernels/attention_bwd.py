@@ -63,6 +63,7 @@ def backward_config(tokens: int, head: int, itemsize: int, target: Target) -> tu
     else:
         rows, warps = rows_and_warps(tokens)
         step = 64 if in_memory and (width <= 64 or target.arch >= 100 and width <= 96) else 32
+        step = step if in_memory or width <= 80 else 16
         stages = 2
     tail = split(tokens % step, 2, step)
     config = {"PIECES": pieces, "TAIL": tail, "ROWS": rows, "STEP": step, "num_warps": warps, "num_stages": stages}

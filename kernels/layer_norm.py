@@ -19,7 +19,7 @@ MAX_COLUMNS = 8192
 # By padded columns: (rows a program, warps). Forward: 32 elements a thread, which is four 16-byte loads in 16 bit and 48-64
 # registers. Backward: rows in flight against registers; the loop prefetches, so a program needs fewer of them.
 _FORWARD = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 4), 8192: (1, 8)}
-_BACKWARD = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 8), 8192: (1, 16)}
+_BACKWARD = {256: (16, 4), 512: (8, 8), 1024: (4, 4), 2048: (2, 4), 4096: (1, 8), 8192: (1, 16)}
 _PROGRAMS_PER_MULTIPROCESSOR = 2  # of the backward: bounds the partial sums; with the prefetch that fills the memory pipe
 _MOST_STAGES = 3  # of the backward's loop: two steps are on their way while one is computed
 

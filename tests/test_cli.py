@@ -17,6 +17,7 @@ from PIL import Image
 
 from vit_fast import CONFIGS, VisionTransformer, attention_maps, backends, checkpoints, demo, extension, info, inputs, terminal
 from vit_fast.cli import main
+from vit_fast.configs import name_of
 from vit_fast.ops.checks import dtype_name
 
 ROOT = Path(__file__).parents[1]
@@ -328,8 +329,8 @@ def test_a_head_of_zeros_is_remarked_on(run, folder, pictures):
 def test_every_model_is_known_by_its_shapes():
     for name, config in CONFIGS.items():
         t = config.transformer
-        assert inputs._name_of(config.hidden_size, t.mlp_dim, t.num_layers, config.patches.get("size")) == name
-    assert inputs._name_of(192, 768, 11, (16, 16)) is None
+        assert name_of(config.hidden_size, t.mlp_dim, t.num_layers, config.patches.get("size")) == name
+    assert name_of(192, 768, 11, (16, 16)) is None
 
 
 def test_image_sizes_that_are_not_square_come_from_the_metadata(run, folder, pictures):

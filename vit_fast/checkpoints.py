@@ -220,20 +220,15 @@ def _describe(model: nn.Module) -> dict[str, str]:
 
 def _config_name(model: nn.Module) -> str | None:
     """The entry of CONFIGS that this model was built from, told by its sizes."""
-    from vit_fast.configs import CONFIGS
+    from vit_fast.configs import name_of
 
     try:
         embeddings, layers = model.transformer.embeddings, model.transformer.encoder.layer
-        hidden_size, mlp_dim = layers[0].ffn.fc1.in_features, layers[0].ffn.fc1.out_features
-        sizes = hidden_size, mlp_dim, layers[0].attn.num_attention_heads, len(layers)
+        fc1, heads = layers[0].ffn.fc1, layers[0].attn.num_attention_heads
         patch = None if embeddings.hybrid else tuple(embeddings.patch_embeddings.kernel_size)
+        return name_of(fc1.in_features, fc1.out_features, len(layers), patch, heads)
     except (AttributeError, IndexError):
         return None
-    for name, config in CONFIGS.items():
-        t = config.transformer
-        if sizes == (config.hidden_size, t.mlp_dim, t.num_heads, t.num_layers) and patch == config.patches.get("size"):
-            return name
-    return None
 
 
 # ---- Loading --------------------------------------------------------------------------------------------------------

@@ -75,3 +75,18 @@ CONFIGS: dict[str, Config] = {
     "R50-ViT-B_16": _r50_b16(),
     "testing": _vit(16, 1, 1, 1, 1),
 }
+
+
+def name_of(
+    hidden_size: int, mlp_dim: int, num_layers: int, patch: tuple[int, int] | None, num_heads: int | None = None
+) -> str | None:
+    """The entry of CONFIGS of these sizes, or None.
+
+    No patch means the hybrid. Without a number of heads, which no tensor's shape tells, any will do.
+    """
+    for name, config in CONFIGS.items():
+        t = config.transformer
+        sizes = config.hidden_size, t.mlp_dim, t.num_layers, config.patches.get("size")
+        if sizes == (hidden_size, mlp_dim, num_layers, patch) and num_heads in (None, t.num_heads):
+            return name
+    return None

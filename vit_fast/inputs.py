@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vit_fast import checkpoints
-from vit_fast.configs import CONFIGS
+from vit_fast.configs import CONFIGS, name_of
 from vit_fast.modeling import VisionTransformer
 from vit_fast.terminal import CommandError, needs, note, one_line, progress
 
@@ -165,7 +165,7 @@ def _recognise(path: str, name: str | None) -> tuple[str, tuple[int, int] | None
     layers = len({key.split(".")[3] for key in shapes if key.startswith("transformer.encoder.layer.")})
     hybrid = any(key.startswith(embeddings + "hybrid_model.") for key in shapes)
     patch = (16, 16) if hybrid else kernel[2:]
-    name = name or _name_of(hidden_size=fc1[1], mlp_dim=fc1[0], layers=layers, patch=None if hybrid else patch)
+    name = name or name_of(fc1[1], fc1[0], layers, None if hybrid else patch)
     if name is None:
         raise CommandError(
             f"{path}: no model here has {layers} layers, {fc1[1]} channels, {fc1[0]} in the MLP and"
@@ -173,15 +173,6 @@ def _recognise(path: str, name: str | None) -> tuple[str, tuple[int, int] | None
         )
     head = shapes.get("head.weight", ())
     return name, _image_size(path, table[1] - 1, patch), head[0] if len(head) == 2 else None
-
-
-def _name_of(hidden_size: int, mlp_dim: int, layers: int, patch: tuple[int, int] | None) -> str | None:
-    """The entry of CONFIGS of these sizes; no patch means the hybrid. The number of heads is in no shape of a state dict."""
-    for name, config in CONFIGS.items():
-        t = config.transformer
-        if (hidden_size, mlp_dim, layers, patch) == (config.hidden_size, t.mlp_dim, t.num_layers, config.patches.get("size")):
-            return name
-    return None
 
 
 def _image_size(path: str, patches: int, patch: tuple[int, int]) -> tuple[int, int] | None:
