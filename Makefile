@@ -38,7 +38,7 @@ bench-cpu: $(VENV)/installed  ## every operation on this CPU, the extension agai
 
 # The machine's own Python, torch and triton. An extension that does not build is reported, and all else is measured.
 gpu:  ## on a machine with a CUDA GPU: builds the extension, GPU tests, timings, bench/results/<device>/
-	$(PYTHON) setup.py -q build_ext --inplace
+	-$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) bench/gpu.py
 
 sanitize-gpu:  ## there: the extension's CUDA kernels under compute-sanitizer, memcheck and racecheck
@@ -54,4 +54,4 @@ $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf .venv* build dist *.egg-info demo-output .pytest_cache .ruff_cache
+	rm -rf .venv* build dist *.egg-info vit_fast/*.so demo-output .pytest_cache .ruff_cache
