@@ -48,7 +48,8 @@ import vit_fast.ops  # noqa: E402, F401  (fills OPERATIONS)
 from vit_fast import backends  # noqa: E402
 from vit_fast.testing import error  # noqa: E402
 
-TESTS = [f"tests/test_{name}.py" for name in ("attention", "linear", "layer_norm", "patch_embed", "extension_cuda", "modeling")]
+_TESTED = ("attention", "linear", "layer_norm", "patch_embed", "extension_cuda", "modeling", "modules")
+TESTS = [f"tests/test_{name}.py" for name in _TESTED]
 PARTS = ("tests", "ops", "models")
 LOST = 1.02  # slower than stock PyTorch by more than the noise
 

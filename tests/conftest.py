@@ -7,8 +7,8 @@ import os
 import sys
 
 import torch
+from hardware import GPU
 
-GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -5,7 +5,7 @@ import mmap
 
 import pytest
 import torch
-from conftest import GPU
+from hardware import GPU
 from torch.utils.checkpoint import checkpoint
 
 from vit_fast import backends

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import GPU
+from hardware import GPU
 
 import vit_fast
 from vit_fast import backends

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GPU
+from hardware import GPU
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"

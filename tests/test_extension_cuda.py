@@ -13,6 +13,7 @@ import test_layer_norm
 import test_linear
 import test_patch_embed
 import torch
+from hardware import GPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vit_fast
@@ -25,7 +26,6 @@ sys.path.insert(0, str(ROOT / "bench"))
 import cuda_resources  # noqa: E402
 
 MISSING = extension.missing("cuda")
-GPU = torch.cuda.is_available()
 if MISSING is not None and torch.version.cuda is not None and os.environ.get("VIT_FAST_EXT") == "cuda":
     pytest.fail(f"the extension for CUDA was asked for: {MISSING}", pytrace=False)
 loaded = pytest.mark.skipif(MISSING is not None, reason=f"no CUDA kernels: {MISSING}")

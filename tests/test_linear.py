@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU
+from hardware import GPU
 
 from vit_fast import backends
 from vit_fast.kernels import gelu as gelu_kernels

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPU
+from hardware import GPU
 
 from vit_fast import backends
 from vit_fast.kernels import patch_embed as kernels

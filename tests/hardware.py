@@ -1,0 +1,5 @@
+"""What the tests run on."""
+
+import torch
+
+GPU = torch.cuda.is_available()
