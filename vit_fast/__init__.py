@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 from vit_fast import backends, ops
 from vit_fast.backends import use
 from vit_fast.configs import CONFIGS, Config
+from vit_fast.frozen import Frozen, freeze
 from vit_fast.modeling import (
     MLP,
     Attention,
@@ -29,11 +30,13 @@ __all__ = [
     "Config",
     "Embeddings",
     "Encoder",
+    "Frozen",
     "LayerNorm",
     "Mlp",
     "Transformer",
     "VisionTransformer",
     "backends",
+    "freeze",
     "ops",
     "use",
 ]
