@@ -34,8 +34,8 @@ def tensors_of(result: Any, name: str = "output") -> dict[str, Tensor]:
 def parity(frozen: Frozen, source: nn.Module, description: Description, images: int = IMAGES) -> dict[str, Error]:
     """The errors of the frozen model on random images, by output of the source.
 
-    Exact is a copy of the source in float64. The budget comes from the error of the formula in `description`, step by step in the
-    frozen model's dtype.
+    Exact is a copy of the source in float64. The budget comes from the error of the formula in `description`, step by step in
+    the frozen model's dtype.
     """
     a, device, dtype = frozen.architecture, frozen.device, frozen.dtype
     generator = torch.Generator().manual_seed(0)
@@ -54,5 +54,4 @@ def parity(frozen: Frozen, source: nn.Module, description: Description, images: 
     reference = forward_reference(description.to(dtype), normalised.to(device, dtype), Outputs.parse(request.outputs, a))
     actual = frozen(given, outputs=request.outputs)
     exact, reference, actual = (tensors_of(result) for result in (exact, request.wrap(reference), request.wrap(actual)))
-    # A source may return more than was asked for, such as the tokens beside what is pooled from them; all that both have counts.
     return {name: error(actual[name], reference[name], exact[name]) for name in actual}

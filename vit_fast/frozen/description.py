@@ -8,9 +8,9 @@ r"""A Vision Transformer described once, whoever's class it came from: its archi
     tokens &= \operatorname{LN}(z) \qquad pooled = \tanh(\operatorname{LN}_{pool}(pool(tokens)) W_p^\top + b_p) \qquad
     logits = pooled\, W_h^\top + b_h
 
-What a family lacks is left out: LN_pre (CLIP), s₁ and s₂ (LayerScale: DINOv2, deit3), LN (CLIP), LN_pool (timm's fc_norm, CLIP), the
-tanh layer (Hugging Face's pooler), the head. The prefix tokens are the class token, distillation token and registers, with the
-positions that the family adds to them.
+What a family lacks is left out: LN_pre (CLIP), s₁ and s₂ (LayerScale: DINOv2, deit3), LN (CLIP), LN_pool (timm's fc_norm,
+CLIP), the tanh layer (Hugging Face's pooler), the head. The prefix tokens are the class token, distillation token and
+registers, with the positions that the family adds to them.
 
 Weights, by name; P is the number of prefix tokens, i a block, D the width, F the MLP's width, A = heads · head size:
 
@@ -36,10 +36,10 @@ head.weight, .bias              [classes, D'']
 ==============================  =====================  ==========================================================
 
 Every bias, and the weight and bias of every norm, may be missing: zeros and ones then. Attention pooling has three sizes in the
-architecture's ``extras``: ``pool_heads``, ``pool_eps`` of its norm, and ``pool_from``, the first token that it reads (timm leaves
-registers out of it in some models). Sources: Dosovitskiy et al. 2021, eq. 1-4;
-Touvron et al., Going deeper with Image Transformers (2021), eq. 4 (LayerScale); Darcet et al., Vision Transformers Need Registers
-(2024), section 2.2; Zhai et al., Scaling Vision Transformers (2022), section 2.2 (attention pooling).
+architecture's ``extras``: ``pool_heads``, ``pool_eps`` of its norm, and ``pool_from``, the first token that it reads (timm
+leaves registers out of it in some models). Sources: Dosovitskiy et al. 2021, eq. 1-4; Touvron et al., Going deeper with Image
+Transformers (2021), eq. 4 (LayerScale); Darcet et al., Vision Transformers Need Registers (2024), section 2.2; Zhai et al.,
+Scaling Vision Transformers (2022), section 2.2 (attention pooling).
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ OUTPUTS = ("logits", "pooled", "tokens", "embeddings", *_LAYERED)
 class Outputs:
     """Which results are wanted, by the names that a caller uses.
 
-    ``logits`` [B, classes] · ``pooled`` [B, D''] · ``tokens`` [B, N, D] · ``embeddings`` [B, N, D], what the first block reads ·
-    ``layer:i`` [B, N, D], what block i gives · ``attention:i`` [B, H, N, N], its softmax probabilities ·
+    ``logits`` [B, classes] · ``pooled`` [B, D''] · ``tokens`` [B, N, D] · ``embeddings`` [B, N, D], what the first block reads
+    · ``layer:i`` [B, N, D], what block i gives · ``attention:i`` [B, H, N, N], its softmax probabilities ·
     ``attention_class_token:i`` [B, H, N], token 0's row of them · ``attention_mean:i`` [B, N, N], their mean over the heads.
     i counts from 0, or from the end with a minus. The last four without ``:i`` mean every layer, and give a list.
     """

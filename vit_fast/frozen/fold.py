@@ -12,8 +12,8 @@ attention pooling     the one query is constant: q Kᵀ/√d = x (W_kᵀ q)ᵀ/�
 distillation          two heads' mean is one head over both tokens (the family's description has it so already)
 ====================  =============================================================================================
 
-The softmax scale stays with the attention kernels, which have it in the exponent's base for nothing; biases stay in the products'
-epilogues, for the same reason. In float16 norms are not folded: W · diag(γ) can leave its range.
+The softmax scale stays with the attention kernels, which have it in the exponent's base for nothing; biases stay in the
+products' epilogues, for the same reason. In float16 norms are not folded: W · diag(γ) can leave its range.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Normalisation:
 class Folded:
     """What the engine computes with: dense weights by the names of `description`, some gone, some new.
 
-    New are ``pool.scores`` [h, D] in place of the pool's probe, query and key, and ``pool.value.weight``, ``.bias`` [D, D], [D].
+    New are ``pool.scores`` [h, D] in place of the pool's probe, query and key, and ``pool.value.weight`` and ``.bias`` for
+    its values.
     """
 
     architecture: Architecture

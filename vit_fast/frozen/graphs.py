@@ -1,8 +1,8 @@
 """CUDA graphs of a forward pass: one launch in place of some hundred, captured per batch size when one is first used.
 
-Batches are rounded up to a few sizes (`bucket`), so that ragged ones don't capture a graph each. All graphs of a model share one
-pool of memory, so they run one at a time: a lock orders the threads, an event the streams. Results are copied out of the pool
-before anything else runs in it.
+Batches are rounded up to a few sizes (`bucket`), so that ragged ones don't capture a graph each. All graphs of a model share
+one pool of memory, so they run one at a time: a lock orders the threads, an event the streams. Results are copied out of the
+pool before anything else runs in it.
 """
 
 from __future__ import annotations

@@ -231,8 +231,8 @@ class Frozen:
     def refresh(self, model: nn.Module | None = None) -> None:
         """Read the weights again, in place: from the source, or from a model of the same architecture.
 
-        Calls that run meanwhile may see some weights old and some new. RuntimeError if the source no longer exists; ValueError for
-        another architecture.
+        Calls that run meanwhile may see some weights old and some new. RuntimeError if the source no longer exists; ValueError
+        for another architecture.
         """
         model = self._source() if model is None else model
         if model is None:
@@ -314,8 +314,8 @@ def freeze(
 ) -> Frozen:
     """A trained Vision Transformer as a callable that gives the same outputs, as fast as this machine allows.
 
-    The model may be one of ours, timm's `VisionTransformer`, a ViT, DeiT, Dinov2, CLIP or SigLIP vision model of transformers, or
-    torchvision's `VisionTransformer`. It is left as it is; later changes to it don't reach the result, until
+    The model may be one of ours, timm's `VisionTransformer`, a ViT, DeiT, Dinov2, CLIP or SigLIP vision model of transformers,
+    or torchvision's `VisionTransformer`. It is left as it is; later changes to it don't reach the result, until
     ``result.refresh()``.
 
     :param model: in eval mode, without hooks.
@@ -324,8 +324,8 @@ def freeze(
     :param images: ``"float"`` for what the model takes, ``"uint8"`` for bytes [B, C, H, W] or [B, H, W, C], of which then
         (byte / 255 - mean) / std is computed inside the patch embedding, for free.
     :param mean, std: for bytes: one number, or one a channel; needed with ``images="uint8"``.
-    :param outputs: names of results to return as a dict, in place of what the source returns: ``logits``, ``pooled``, ``tokens``,
-        ``embeddings``, ``layer:i``, ``attention:i``, ``attention_class_token:i``, ``attention_mean:i`` (see
+    :param outputs: names of results to return as a dict, in place of what the source returns: ``logits``, ``pooled``,
+        ``tokens``, ``embeddings``, ``layer:i``, ``attention:i``, ``attention_class_token:i``, ``attention_mean:i`` (see
         `vit_fast.frozen.description.Outputs`). Each call can ask for others.
     :param class_token_only: the last block computes only what the head reads, wherever nothing else is asked for.
     :param interpolate_positions: take images of other sizes too, with the position table resized by the family's rule.
@@ -369,8 +369,8 @@ def _check(frozen: Frozen, model: nn.Module, description: Description) -> None:
     if over:
         found = ", ".join(f"{name}: error {e.value:.2e}, budget {e.budget:.2e}" for name, e in over.items())
         raise RuntimeError(
-            f"freeze: {frozen.architecture.name} in {dtype_name(frozen.dtype)} is beyond the error budget ({found}); check=False"
-            " takes it as it is"
+            f"freeze: {frozen.architecture.name} in {dtype_name(frozen.dtype)} is beyond the error budget ({found});"
+            " check=False takes it as it is"
         )
 
 
