@@ -22,20 +22,26 @@ from vit_fast.terminal import CommandError, needs
 def class_attention(weights: Sequence[Tensor], grid: tuple[int, int], layer: int = -1, head: int | None = None) -> Tensor:
     """Token 0's attention to each patch in one layer, by one head or the mean of all.
 
-    :param weights: one [B, h, N, N] a layer, as a model with ``vis`` returns them; N = 1 + rows·columns of ``grid``.
+    :param weights: one [B, h, N, N] a layer, as a model with ``vis`` returns them, or token 0's row of them, [B, h, N], as a
+        frozen model's ``attention_class_token``; N = 1 + rows·columns of ``grid``.
     :returns: [B, rows, columns], float32. Its sum is below 1 by what the token pays to itself.
     """
-    row = weights[layer][:, :, 0, 1:].float()
+    row = weights[layer] if weights[layer].dim() == 3 else weights[layer][:, :, 0]
+    row = row[:, :, 1:].float()
     return (row.mean(1) if head is None else row[:, head]).unflatten(-1, grid)
 
 
 def rollout(weights: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-    """Token 0's attention to each patch through all layers, [B, rows, columns], float32; see the module's formula."""
+    """Token 0's attention to each patch through all layers, [B, rows, columns], float32; see the module's formula.
+
+    :param weights: one [B, h, N, N] a layer, or their means over the heads, [B, N, N], as a frozen model's ``attention_mean``.
+    """
     tokens = weights[0].shape[-1]
     identity = torch.eye(tokens, device=weights[0].device)
     row = identity[:1]  # token 0's row of R alone, multiplied from the last layer on: N times cheaper than all of R
     for layer in reversed(weights):
-        mixed = 0.5 * layer.float().mean(1) + 0.5 * identity
+        mean = layer.float() if layer.dim() == 3 else layer.float().mean(1)
+        mixed = 0.5 * mean + 0.5 * identity
         row = row @ (mixed / mixed.sum(-1, keepdim=True))
     return row[:, 0, 1:].unflatten(-1, grid)
 

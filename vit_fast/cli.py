@@ -195,7 +195,12 @@ def _parser() -> _Parser:
     sub.add_argument("images", nargs="*", metavar="IMAGE", help="pictures; default: random values")
     model_options(sub)
     implementations = ("auto", "reference", "torch", "triton", "cpp")
-    sub.add_argument("--implementation", choices=implementations, default="auto", help="the one to check; default: auto")
+    sub.add_argument(
+        "--implementation",
+        choices=(*implementations, "frozen"),
+        default="auto",
+        help="the one to check, or frozen for what vit_fast.freeze makes of the model; default: auto",
+    )
     sub.add_argument(
         "--against", choices=implementations, default="reference", help="whose error sets the budget; default: reference"
     )
@@ -266,7 +271,7 @@ def _verify(arguments) -> int:
     if arguments.images and arguments.batch:
         raise CommandError("--batch says how many random images to make: leave it out, or the pictures")
     for name in (arguments.implementation, arguments.against):
-        reason = None if name == "auto" else backends.backends()[name]
+        reason = None if name in ("auto", "frozen") else backends.backends()[name]
         if reason is not None:
             raise CommandError(f"the implementation {name} can't run here: {reason} (vit-fast info lists what can)")
     pictures = [read_picture(path) for path in arguments.images]
@@ -288,19 +293,19 @@ def _verify(arguments) -> int:
 
 
 def _classify(arguments) -> int:
-    import torch
-
+    from vit_fast import freeze
     from vit_fast.inputs import as_images, read_picture
 
     pictures = [read_picture(path) for path in arguments.images]
     loaded = _load(arguments, need_head=True)
     labels = _labels(arguments.labels, loaded.model.num_classes) if arguments.labels else {}
-    parameter = next(loaded.model.parameters())
+    with progress("freezing the model"):
+        fast = freeze(loaded.model, dtype=next(loaded.model.parameters()).dtype, check=False)
     results = []
-    with torch.inference_mode(), progress("classifying", len(pictures)) as advance:
+    with progress("classifying", len(pictures)) as advance:
         for path, picture in zip(arguments.images, pictures, strict=True):
             image = as_images([picture], loaded.size, arguments.mean, arguments.std)
-            logits = loaded.model(image.to(parameter.device, parameter.dtype))[0][0].float()
+            logits = fast(image.to(fast.device))[0][0].float()
             if not bool(logits.isfinite().all()):
                 remedy = "the weights may be damaged" if arguments.dtype == "float32" else "try --dtype float32"
                 raise CommandError(f"{path}: the logits are not finite in {arguments.dtype}: {remedy}")
@@ -363,9 +368,7 @@ def _labels(path: str, classes: int) -> dict[int, str]:
 
 
 def _attention_map(arguments) -> int:
-    import torch
-
-    from vit_fast import attention_maps
+    from vit_fast import attention_maps, freeze
     from vit_fast.inputs import as_images, checked_output, read_picture, save_picture
 
     needs("attention-map", "matplotlib")
@@ -383,15 +386,15 @@ def _attention_map(arguments) -> int:
         raise CommandError(f"--layer {layer}: {loaded.name} has {n} layers, 0 to {n - 1}, or -1 to {-n} from the last")
     if head is not None and head >= loaded.heads:
         raise CommandError(f"--head {head}: {loaded.name} has {loaded.heads} heads, 0 to {loaded.heads - 1}, or 'mean'")
-    parameter = next(loaded.model.parameters())
-    images = as_images([picture], loaded.size, arguments.mean, arguments.std).to(parameter.device, parameter.dtype)
-    loaded.show_attention(True)
-    with torch.inference_mode(), progress("computing attention"):
-        weights = loaded.model(images)[1]
+    with progress("computing attention"):
+        fast = freeze(loaded.model, dtype=next(loaded.model.parameters()).dtype, check=False)
+        images = as_images([picture], loaded.size, arguments.mean, arguments.std).to(fast.device)
         if arguments.rollout:
-            attention, what = attention_maps.rollout(weights, loaded.grid)[0], "rollout through all layers"
+            means = fast(images, outputs="attention_mean")["attention_mean"]
+            attention, what = attention_maps.rollout(means, loaded.grid)[0], "rollout through all layers"
         else:
-            attention = attention_maps.class_attention(weights, loaded.grid, layer, head)[0]
+            rows = fast(images, outputs="attention_class_token")["attention_class_token"]
+            attention = attention_maps.class_attention(rows, loaded.grid, layer, head)[0]
             what = f"layer {layer % loaded.layers}, " + ("mean of its heads" if head is None else f"head {head}")
         result = attention_maps.overlay(picture, attention)
     save_picture(result, output)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vit_fast import backends
+from vit_fast import backends, freeze
 from vit_fast.inputs import Loaded
 from vit_fast.terminal import progress, styled, table
 from vit_fast.testing import Error, error
@@ -20,6 +20,8 @@ def outputs(loaded: Loaded, images: Tensor, implementation: str, vis: bool, adva
 
     The hooks are on modules that hold fused paths, not inside them, so what runs is what runs without hooks.
     """
+    if implementation == "frozen":
+        return _frozen_outputs(loaded, images, vis, advance)
     found: dict[str, Tensor] = {}
 
     def keep(name: str):
@@ -44,6 +46,20 @@ def outputs(loaded: Loaded, images: Tensor, implementation: str, vis: bool, adva
         logits, weights = loaded.model(images)
     found["logits"] = logits.cpu()
     return found | {f"attention {i}": w.cpu() for i, w in enumerate(weights)}
+
+
+def _frozen_outputs(loaded: Loaded, images: Tensor, vis: bool, advance: Callable[[], None]) -> dict[str, Tensor]:
+    """The same of what `freeze` makes of the model; the logits from a call of their own, whose last block is shorter."""
+    frozen = freeze(loaded.model, dtype=images.dtype, check=False)
+    attention = ("attention",) if vis else ()
+    results = frozen(images, outputs=("embeddings", "layer", "tokens", *attention))
+    found = {"embeddings": results["embeddings"], "last norm": results["tokens"]}
+    found |= {f"layer {i}": layer for i, layer in enumerate(results["layer"])}
+    found |= {f"attention {i}": weights for i, weights in enumerate(results.get("attention", ()))}
+    found["logits"] = frozen(images, outputs="logits")["logits"]
+    for _ in range(loaded.layers + 2):
+        advance()
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def compare(loaded: Loaded, images: Tensor, implementation: str, against: str, vis: bool) -> dict[str, Error]:

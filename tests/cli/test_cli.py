@@ -409,6 +409,8 @@ def test_class_attention_and_rollout_are_the_formulas():
     assert torch.equal(maps[1], weights[1][1, 2, 0, 1:].view(2, 3))
     mean = attention_maps.class_attention(weights, (2, 3), layer=-2)
     assert torch.allclose(mean[0], sum(weights[2][0, h, 0, 1:] for h in range(3)).view(2, 3) / 3)
+    rows = [layer[:, :, 0] for layer in weights]  # as a frozen model gives them
+    assert torch.equal(attention_maps.class_attention(rows, (2, 3), layer=1, head=2), maps)
 
     product = torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)
     for layer in weights:  # Abnar & Zuidema, from the first layer on, all of the matrix
@@ -416,6 +418,7 @@ def test_class_attention_and_rollout_are_the_formulas():
         product = (mixed / mixed.sum(-1, keepdim=True)) @ product
     rolled = attention_maps.rollout(weights, (2, 3))
     assert rolled.dtype == torch.float32 and torch.allclose(rolled.double(), product[:, 0, 1:].view(2, 2, 3), atol=1e-7)
+    assert torch.equal(attention_maps.rollout([layer.mean(1) for layer in weights], (2, 3)), rolled)
 
 
 def test_attention_that_is_not_finite_is_refused(refused, hot, folder, pictures, tmp_path):
@@ -450,6 +453,12 @@ def test_verify_on_pictures_with_weights_and_attention(run, weights, pictures):
     code, out, _ = run("verify", *pictures, "--weights", weights, "--vis", "--implementation", "torch")
     rows = verified(out)
     assert code == 0 and len(rows) == 27 and "3 pictures" in out and rows["attention 11"][3] == "ok"
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_verify_of_what_freeze_makes(run, weights, pictures, dtype):
+    code, out, _ = run("verify", *pictures, "--weights", weights, "--vis", "--implementation", "frozen", "--dtype", dtype)
+    assert code == 0 and "frozen against reference" in out and "All 27 are within the budget" in out
 
 
 def test_verify_in_half_precision_against_torch(run):
