@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= cli,dev
 BIN = $(VENV)/bin
 
 .PHONY: demo test emulate sanitize lint format compile-report cuda-report bench-cpu gpu sanitize-gpu clean
@@ -50,7 +51,7 @@ sanitize-gpu:  ## there: the extension's CUDA kernels under compute-sanitizer, m
 $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[cli,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -255,7 +255,7 @@ def _norms(its: _Class, name: str) -> dict[str, str]:
 
 
 def _pool(encoder: nn.Module, its: _Class, weights: dict[str, Tensor], fields: dict[str, Any]):
-    """The pool, whether the tanh layer comes after it, and what else the pool needs. Of models without a head it may be missing."""
+    """The pool, whether the tanh layer comes after it, and what else the pool needs."""
     if its.pool == "attention":
         head = getattr(encoder, "head", None)
         return (None, False, {}) if head is None else ("attention", False, _attention_pool(head, weights, fields))
