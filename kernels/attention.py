@@ -17,6 +17,7 @@ import triton.language as tl
 
 from vit_fast.kernels.attention_bwd import attention_bwd
 from vit_fast.kernels.attention_tiles import (
+    HEADS_AND_STRIDES,
     add_product,
     dropout_scale,
     dtypes_of,
@@ -37,6 +38,7 @@ from vit_fast.kernels.attention_tiles import (
     split,
     store_tile,
     stride_unit,
+    takes_tf32_from_shared_memory,
     zero_tile,
 )
 from vit_fast.kernels.common import Target, on_device, target_of
@@ -48,6 +50,7 @@ __all__ = ["attention_bwd", "attention_fwd"]
 
 # Scores and output of a row that 64 rows in four warps hold in registers: beyond, the compiler spills.
 _SHORT = {True: 336, False: 272}  # by `reads_shared_memory`
+_TF32 = 128  # channels of a head, likewise, for 64 rows of TF32
 
 
 def forward_config(tokens: int, head: int, itemsize: int, target: Target) -> dict:
@@ -60,7 +63,8 @@ def forward_config(tokens: int, head: int, itemsize: int, target: Target) -> dic
     if itemsize == 2 and sum(segments) + width <= _SHORT[reads_shared_memory(target)]:
         return {"PIECES": pieces, "SEGMENTS": segments, "ROWS": 64, "num_warps": 4, "num_stages": 2}
     if itemsize > 2:
-        rows, cols, warps, stages = 32, 32, 4, 1
+        rows = 64 if takes_tf32_from_shared_memory(itemsize, target) and width <= _TF32 else 32
+        cols, warps, stages = 32, 4, 1
     elif width > 128 and not reads_shared_memory(target):
         rows, cols, warps, stages = 64, 32, 8, 2
     else:
@@ -71,8 +75,9 @@ def forward_config(tokens: int, head: int, itemsize: int, target: Target) -> dic
 
 def head_mean_config(head: int, itemsize: int, target: Target) -> dict:
     """What the kernel for the mean over the heads is launched with."""
-    rows, cols, warps, stages = (64, 64, 4, 2) if itemsize == 2 else (32, 32, 4, 1)
-    return {"PIECES": split(head, 2), "ROWS": rows, "COLUMNS": cols, "num_warps": warps, "num_stages": stages}
+    edge = 64 if itemsize == 2 or takes_tf32_from_shared_memory(itemsize, target) else 32
+    stages = 2 if itemsize == 2 else 1
+    return {"PIECES": split(head, 2), "ROWS": edge, "COLUMNS": edge, "num_warps": 4, "num_stages": stages}
 
 
 # ---- Kernels --------------------------------------------------------------------------------------------------------
@@ -101,7 +106,7 @@ def _store_probabilities(probs_ptr, plane, rows, cols, N, probs_rows, probabilit
     tl.store(row_ptr + cols[None, :], probabilities.to(probs_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEADS_AND_STRIDES)
 def _attention_fwd_short_kernel(
     qkv_ptr,  # [B, N, 3, H, HEAD]
     seed_ptr,  # None without dropout
@@ -187,7 +192,7 @@ def _attend(
     return new_highest, total, add_product(scale_tile(acc, correction[:, None]), p, v, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEADS_AND_STRIDES)
 def _attention_fwd_streaming_kernel(
     qkv_ptr,  # [B, N, 3, H, HEAD]
     seed_ptr,  # None without dropout
@@ -250,7 +255,7 @@ def _attention_fwd_streaming_kernel(
                 _store_probabilities(probs_ptr, plane, rows, cols, N, probs_rows, p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEADS_AND_STRIDES)
 def _attention_fwd_head_mean_kernel(
     qkv_ptr,  # [B, N, 3, H, HEAD]
     lse_ptr,  # [B, H, N] contiguous
@@ -320,25 +325,11 @@ def attention_fwd(qkv, scale, dropout_p, seed, probs):
     kernel = _attention_fwd_short_kernel if "SEGMENTS" in config else _attention_fwd_streaming_kernel
     with on_device(qkv):
         kernel[(programs,)](
-            qkv,
-            seed if dropout_p > 0 else None,
-            out,
-            lse,
-            probabilities,
-            tokens,
-            heads,
-            1 if probs == "class_token" else tokens,
-            *strides,
-            scale,
-            dropout_p,
-            dropout_scale(dropout_p),
-            UNIT=unit,
-            HEAD=head,
-            DROPOUT=dropout_p > 0,
-            PROBS=probs in ("all", "class_token"),
-            **numbers,
-            **config,
-        )
+            qkv, seed if dropout_p > 0 else None, out, lse, probabilities,
+            tokens, heads, 1 if probs == "class_token" else tokens, *strides,
+            scale, dropout_p, dropout_scale(dropout_p),
+            UNIT=unit, HEAD=head, DROPOUT=dropout_p > 0, PROBS=probs in ("all", "class_token"), **numbers, **config,
+        )  # fmt: skip
         if probs == "head_mean":
             mean = head_mean_config(head, qkv.element_size(), target_of(qkv.device))
             tiles = triton.cdiv(tokens, mean["ROWS"]) * triton.cdiv(tokens, mean["COLUMNS"])

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from vit_fast.kernels.attention_tiles import (
+    HEADS_AND_STRIDES,
     add_product,
     dropout_scale,
     dtypes_of,
@@ -41,6 +42,7 @@ from vit_fast.kernels.attention_tiles import (
     split,
     store_tile,
     stride_unit,
+    takes_tf32_from_shared_memory,
     zero_tile,
 )
 from vit_fast.kernels.common import Target, on_device, target_of
@@ -50,15 +52,25 @@ from vit_fast.kernels.common import Target, on_device, target_of
 _ONE_LAUNCH = 1024  # tokens
 
 
-def backward_config(tokens: int, head: int, itemsize: int, target: Target) -> tuple[bool, dict]:
-    """(whether one launch does it all, what the backward is launched with). TAIL cuts the tokens left by whole steps.
+def in_one_launch(tokens: int, head: int, itemsize: int, target: Target) -> bool:
+    """Whether one launch computes both kinds of gradients. It would spill with operands in registers and over 64 channels."""
+    return itemsize == 2 and tokens <= _ONE_LAUNCH and (reads_shared_memory(target) or sum(split(head, 2)) <= 64)
 
-    Compiled for sm_80, 90 and 100, none of the 16-bit choices spills for heads of up to 96 channels. Where operands lie in
-    registers, one kernel for both kinds of gradient would, for heads of more than 64 channels.
+
+def backward_config(gradients: str, tokens: int, head: int, itemsize: int, target: Target) -> dict:
+    """What the backward for "queries", "keys" or "both" is launched with. TAIL cuts the tokens left by whole steps.
+
+    Compiled for sm_80, 90 and 100, none of the 16-bit choices spills for heads of up to 96 channels. TF32 takes 64 rows where
+    that spills no more than 32 do: for keys, whose products have the queries of a step as rows, too, not with 64 channels.
     """
     pieces = split(head, 2)
     width, in_memory = sum(pieces), reads_shared_memory(target)
-    if itemsize > 2:
+    tf32 = takes_tf32_from_shared_memory(itemsize, target)
+    if tf32 and gradients == "queries" and width <= 128:
+        rows, step, warps, stages = 64, 32, 4, 1
+    elif tf32 and gradients == "keys" and 64 < width <= 96:
+        rows, step, warps, stages = 64, 64, 8, 1
+    elif itemsize > 2:
         rows, step, warps, stages = 32, 32, 4, 1
     else:
         rows, warps = rows_and_warps(tokens)
@@ -66,8 +78,7 @@ def backward_config(tokens: int, head: int, itemsize: int, target: Target) -> tu
         step = step if in_memory or width <= 80 else 16
         stages = 2
     tail = split(tokens % step, 2, step)
-    config = {"PIECES": pieces, "TAIL": tail, "ROWS": rows, "STEP": step, "num_warps": warps, "num_stages": stages}
-    return itemsize == 2 and tokens <= _ONE_LAUNCH and (in_memory or width <= 64), config
+    return {"PIECES": pieces, "TAIL": tail, "ROWS": rows, "STEP": step, "num_warps": warps, "num_stages": stages}
 
 
 # ---- Kernels --------------------------------------------------------------------------------------------------------
@@ -235,7 +246,7 @@ def _key_gradient(
     store_tile(dk_ptr + H * HEAD, cols, 3 * H * HEAD, N, dv, HEAD, PIECES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*HEADS_AND_STRIDES, "dout_image_stride", "dout_token_stride"])
 def _attention_bwd_kernel(
     dout_ptr,  # [B, N, H, HEAD], strides of its own for B and N
     qkv_ptr,  # [B, N, 3, H, HEAD]
@@ -245,36 +256,15 @@ def _attention_bwd_kernel(
     dprobs_ptr,  # [B, H, dprobs_rows, N], any strides; None without
     dqkv_ptr,  # [B, N, 3, H, HEAD] contiguous
     delta_ptr,  # [B, H, N] contiguous; None for both GRADIENTS at once
-    N,
-    H,
-    dprobs_rows,
-    dout_image_stride,
-    dout_token_stride,
-    image_stride,
-    token_stride,
-    part_stride,
-    head_stride,
-    dprobs_image_stride,
-    dprobs_head_stride,
-    dprobs_row_stride,
-    dprobs_col_stride,
-    scale,
-    dropout_p,
-    dropout_scale,
-    dprobs_scale,
+    N, H, dprobs_rows,
+    dout_image_stride, dout_token_stride, image_stride, token_stride, part_stride, head_stride,
+    dprobs_image_stride, dprobs_head_stride, dprobs_row_stride, dprobs_col_stride,
+    scale, dropout_p, dropout_scale, dprobs_scale,
     GRADIENTS: tl.constexpr,  # "queries" (leaves δ), "keys" (takes δ), "both"
     UNIT: tl.constexpr,  # of the strides of dout and qkv
-    HEAD: tl.constexpr,
-    PIECES: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DPROBS: tl.constexpr,
-    ACC: tl.constexpr,
-    EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    HEAD: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    DROPOUT: tl.constexpr, DPROBS: tl.constexpr, ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(N, ROWS)
     programs = 2 * tiles if GRADIENTS == "both" else tiles  # of one (image, head)
     plane = tl.program_id(0) // programs
@@ -338,40 +328,23 @@ def attention_bwd(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
         dout = dout.contiguous()
     numbers, unit = dtypes_of(qkv), stride_unit(dout, qkv)
     dprobs_rows, dprobs_strides, dprobs_scale = _as_planes(dprobs, probs, heads)
-    one_launch, config = backward_config(tokens, head, qkv.element_size(), target_of(qkv.device))
-    tiles = triton.cdiv(tokens, config["ROWS"])
-    if one_launch and dprobs is None:
-        delta, launches = None, {"both": 2 * tiles}
+    sizes = tokens, head, qkv.element_size(), target_of(qkv.device)
+    if in_one_launch(*sizes) and dprobs is None:
+        delta, launches = None, ("both",)
     else:
         exact = qkv.dtype == torch.float64
-        delta = lse.new_empty(lse.shape, dtype=torch.float64 if exact else torch.float32)
-        launches = {"queries": tiles, "keys": tiles}
+        delta, launches = lse.new_empty(lse.shape, dtype=torch.float64 if exact else torch.float32), ("queries", "keys")
+    seed = seed if dropout_p > 0 else None
+    strides = [stride // unit for stride in (*dout.stride()[:2], *qkv.stride()[:4])]
     with on_device(qkv):
-        for gradients, programs in launches.items():
+        for gradients in launches:
+            config = backward_config(gradients, *sizes)
+            programs = triton.cdiv(tokens, config["ROWS"]) * (2 if gradients == "both" else 1)
             _attention_bwd_kernel[(images * heads * programs,)](
-                dout,
-                qkv,
-                out,
-                lse,
-                seed if dropout_p > 0 else None,
-                dprobs,
-                dqkv,
-                delta,
-                tokens,
-                heads,
-                dprobs_rows,
-                *(stride // unit for stride in (*dout.stride()[:2], *qkv.stride()[:4])),
-                *dprobs_strides,
-                scale,
-                dropout_p,
-                dropout_scale(dropout_p),
-                dprobs_scale,
-                GRADIENTS=gradients,
-                UNIT=unit,
-                HEAD=head,
-                DROPOUT=dropout_p > 0,
-                DPROBS=dprobs is not None,
-                **numbers,
-                **config,
-            )
+                dout, qkv, out, lse, seed, dprobs, dqkv, delta,
+                tokens, heads, dprobs_rows, *strides, *dprobs_strides,
+                scale, dropout_p, dropout_scale(dropout_p), dprobs_scale,
+                GRADIENTS=gradients, UNIT=unit, HEAD=head, DROPOUT=dropout_p > 0, DPROBS=dprobs is not None,
+                **numbers, **config,
+            )  # fmt: skip
     return dqkv

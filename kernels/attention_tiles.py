@@ -14,6 +14,9 @@ from vit_fast.kernels.common import Target, dot, dot_precision
 SMALLEST = 16  # a tensor core's shortest edge
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Kernels are not compiled anew for these being 1 or divisible by 16: what matters of a stride is in its unit (`stride_unit`).
+HEADS_AND_STRIDES = ["H", "image_stride", "token_stride", "part_stride", "head_stride"]
+
 
 def split(size: int, parts: int, largest: int = 1 << 30) -> tuple[int, ...]:
     """The size as at most ``parts`` descending powers of two, 16 at least, with the least padding, all of it in the last.
@@ -33,6 +36,11 @@ def split(size: int, parts: int, largest: int = 1 << 30) -> tuple[int, ...]:
 def reads_shared_memory(target: Target) -> bool:
     """Whether products take their operands from shared memory (wgmma, tcgen05), not from registers: more of these are free."""
     return target.backend == "cuda" and 90 <= target.arch < 120
+
+
+def takes_tf32_from_shared_memory(itemsize: int, target: Target) -> bool:
+    """Whether it is float32 that these products round to TF32: they take 64 rows at a time, or are made of smaller ones."""
+    return itemsize == 4 and reads_shared_memory(target) and dot_precision(torch.float32) == "tf32"
 
 
 def rows_and_warps(tokens: int) -> tuple[int, int]:

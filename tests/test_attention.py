@@ -19,6 +19,7 @@ from vit_fast.testing import assert_within_budget, randn, with_gradients
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 HALVES = [torch.float16, torch.bfloat16]
+GRADIENTS = ["queries", "keys", "both"]
 ON = [("reference", torch.float64), ("torch", torch.float64)] + [
     (name, dtype) for name in ("reference", "torch", "triton") for dtype in (torch.float32, *HALVES)
 ]
@@ -61,12 +62,15 @@ def design(request, monkeypatch):
             return config | {"SEGMENTS": split(tokens, 3)}
         return config | {"COLUMNS": 32, "TAIL": split(tokens % 32, 2, 32)}
 
-    def backward(tokens, head, itemsize, target):
-        config = {"PIECES": split(head, 2), "ROWS": 32, "STEP": 32, "TAIL": split(tokens % 32, 2, 32)}
-        return request.param == "short" and itemsize == 2, config
+    def backward(gradients, tokens, head, itemsize, target):
+        return {"PIECES": split(head, 2), "ROWS": 32, "STEP": 32, "TAIL": split(tokens % 32, 2, 32)}
+
+    def in_one_launch(tokens, head, itemsize, target):
+        return request.param == "short" and itemsize == 2
 
     monkeypatch.setattr(kernels, "forward_config", forward)
     monkeypatch.setattr(backward_kernels, "backward_config", backward)
+    monkeypatch.setattr(backward_kernels, "in_one_launch", in_one_launch)
 
 
 BOTH_DESIGNS = pytest.mark.parametrize("design", ["short", "streaming"], indirect=True)
@@ -481,9 +485,10 @@ def test_every_token_is_covered_once(target, itemsize):
     for tokens in (1, 17, 50, 197, 257, 577, 1025, 4096):
         for head in (1, 64, 72, 80, 128, 256):
             forward = kernels.forward_config(tokens, head, itemsize, target)
-            _, backward = backward_kernels.backward_config(tokens, head, itemsize, target)
+            backwards = [backward_kernels.backward_config(of, tokens, head, itemsize, target) for of in GRADIENTS]
             if "SEGMENTS" in forward:
                 assert 0 <= sum(forward["SEGMENTS"]) - tokens < forward["SEGMENTS"][-1]
-            for step, tail in [(forward.get("COLUMNS"), forward.get("TAIL")), (backward["STEP"], backward["TAIL"])]:
+            streaming = [(forward.get("COLUMNS"), forward.get("TAIL"))]
+            for step, tail in streaming + [(backward["STEP"], backward["TAIL"]) for backward in backwards]:
                 if step is not None and tokens % step:
                     assert 0 <= sum(tail) - tokens % step < tail[-1]
