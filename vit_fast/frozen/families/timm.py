@@ -63,6 +63,11 @@ def describe(model: nn.Module) -> Description:
     table = None if model.pos_embed is None else model.pos_embed[0]
     embedded = 0 if getattr(model, "no_embed_class", False) or table is None else sum(token.shape[1] for token in tokens)
     prefix_tokens = read_embeddings(weights, tokens, table, embedded, embed.grid_size)
+    if table is None and prefix_tokens:
+        with torch.no_grad():
+            kept = model._pos_embed(embed.proj.weight.new_zeros(1, 1, 1, width)).shape[1] - 1
+        if kept != prefix_tokens:  # 1.0.24 is such a release, 1.0.26 keeps them
+            raise Unsupported("freeze: there are no positions, and this release of timm then leaves out the prefix tokens")
 
     final, pool, pool_norm, extras = _pool(model, weights, fields, distilled, prefix_tokens)
     pre_norm = _norm(model, "norm_pre", "pre_norm", weights, width)
@@ -137,7 +142,8 @@ def _pool(model: nn.Module, weights: dict[str, Tensor], fields: dict, distilled:
     if distilled:
         return final, "first_two", None, {}
     attention, pool = getattr(model, "attn_pool", None), model.global_pool
-    include_prefix = getattr(model, "pool_include_prefix", False)
+    # Releases without the option read every token in an attention pool, and only patches in the mean.
+    include_prefix = getattr(model, "pool_include_prefix", attention is not None)
     extras = {}
     if attention is not None:
         extras = _attention_pool(attention, weights, fields)
