@@ -7,6 +7,8 @@ namespace {
 
 constexpr auto FLOATS = {ScalarType::Float, ScalarType::BFloat16};
 
+constexpr int8_t HEAD_MEAN = 3;
+
 int8_t check_kind(const char* op, const std::string& probs) {
   const char* names[] = {"none", "all", "class_token", "head_mean"};
   for (int8_t i = 0; i < 4; ++i) {
@@ -49,6 +51,18 @@ std::vector<int64_t> probs_sizes(const Attention& a) {
 
 ScalarType lse_type(const Attention& a) { return a.type == Type::f32 ? ScalarType::Double : ScalarType::Float; }
 
+void run_forward(Attention& a, const Tensor& out) {
+  a.out = out.data_ptr();
+  a.out_image = out.stride(0);
+  a.out_token = out.stride(1);
+  const Kernels& kernel = kernels();
+  const int64_t blocks = (a.tokens + a.block - 1) / a.block, units = blocks * a.images * (a.kind == HEAD_MEAN ? 1 : a.heads);
+  const int64_t workers = workers_for(units);
+  Tensor scratch = floats(workers * kernel.attention_forward_scratch(a));
+  a.scratch = floats_of(scratch);
+  share(workers, units, [&](int worker, int64_t begin, int64_t end) { kernel.attention_forward(a, worker, begin, end); });
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     Tensor qkv, double scale, double dropout_p, std::optional<Tensor> /*seed*/, std::string probs) {
   const char* op = "attention_fwd";
@@ -56,16 +70,32 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   Tensor out = empty({a.images, a.tokens, a.heads * a.head}, qkv.scalar_type());
   Tensor lse = empty({a.images, a.heads, a.tokens}, lse_type(a)), probabilities = empty(probs_sizes(a), qkv.scalar_type());
   if (qkv.numel() == 0) return {out, lse, probabilities};
-  a.out = out.data_ptr();
   a.lse = lse.data_ptr();
   a.probs = probabilities.data_ptr();
-  const Kernels& kernel = kernels();
-  const int64_t blocks = (a.tokens + a.block - 1) / a.block, units = blocks * a.images * (probs == "head_mean" ? 1 : a.heads);
-  const int64_t workers = workers_for(units);
-  Tensor scratch = floats(workers * kernel.attention_forward_scratch(a));
-  a.scratch = floats_of(scratch);
-  share(workers, units, [&](int worker, int64_t begin, int64_t end) { kernel.attention_forward(a, worker, begin, end); });
+  run_forward(a, out);
   return {out, lse, probabilities};
+}
+
+void attention_out(Tensor qkv, double scale, std::string probs, Tensor out, std::optional<Tensor> probabilities) {
+  const char* op = "attention_out";
+  Attention a = take_qkv(op, qkv, scale, 0.0, probs);
+  check_out(op, "out", out);
+  check_shape(op, "out", out, {a.images, a.tokens, a.heads * a.head});
+  check_dtype(op, "out", out, {qkv.scalar_type()});
+  check_apart(op, "qkv", qkv, out);
+  STD_TORCH_CHECK(
+      probabilities.has_value() == (a.kind != 0), op, ": probabilities must come with probs other than none and only then, got probs '",
+      probs, "' and ", probabilities ? "a tensor" : "None");
+  if (probabilities) {
+    check_out(op, "probabilities", *probabilities);
+    check_shape(op, "probabilities", *probabilities, probs_sizes(a));
+    check_dtype(op, "probabilities", *probabilities, {qkv.scalar_type()});
+    check_contiguous(op, "probabilities", *probabilities);
+    check_apart(op, "qkv", qkv, *probabilities);
+    check_apart(op, "probabilities", *probabilities, out);
+    a.probs = probabilities->data_ptr();
+  }
+  if (qkv.numel() > 0) run_forward(a, out);
 }
 
 Tensor attention_bwd(
@@ -106,5 +136,6 @@ Tensor attention_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&vit_fast::attention_fwd));
+  m.impl("attention_out", TORCH_BOX(&vit_fast::attention_out));
   m.impl("attention_bwd", TORCH_BOX(&vit_fast::attention_bwd));
 }

@@ -116,7 +116,7 @@ static void attention_queries(
     float* row = scores + i * width;
     const float total = exponentials(row, N, largest);
     inverse[i] = 1.f / total;
-    static_cast<L*>(a.lse)[of_head + i] = L(largest) + L(__builtin_log(total));
+    if (a.lse) static_cast<L*>(a.lse)[of_head + i] = L(largest) + L(__builtin_log(total));
     if (a.kind == PROBS_ALL) {
       scaled_store(row, N, inverse[i], static_cast<T*>(a.probs) + (of_head + i) * N);
     } else if (a.kind == PROBS_CLASS_TOKEN && first + i == 0) {
@@ -130,7 +130,7 @@ static void attention_queries(
   }
   small_product(rows, d, N, scores, width, 1, values, result, columns, false);
   for (int64_t i = 0; i < rows; ++i) {
-    T* out = static_cast<T*>(a.out) + ((image * N + first + i) * a.heads + head) * d;
+    T* out = static_cast<T*>(a.out) + image * a.out_image + (first + i) * a.out_token + head * d;
     scaled_store(result + i * columns, d, inverse[i], out);
   }
 }

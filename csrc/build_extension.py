@@ -38,7 +38,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that the objects serve
-HOST_SOURCES = ("ops.cpp", "cpu.cpp", "layer_norm.cpp", "linear.cpp", "patch_embed.cpp", "attention.cpp")
+HOST_SOURCES = ("ops.cpp", "cpu.cpp", "launch.cpp", "layer_norm.cpp", "linear.cpp", "patch_embed.cpp", "attention.cpp")
 X86_SETS = {
     "avx2": "-mavx2 -mfma",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",

@@ -105,12 +105,15 @@ inline int64_t rows_of(const Tensor& tensor) {
   return rows;
 }
 
-enum class Activation { none, gelu, gelu_tanh };
+enum class Activation { none, gelu, gelu_tanh, silu };
 
-inline Activation check_activation(const char* op, const std::optional<std::string>& name) {
+// `silu`: whether the operation, which has no backward pass then, knows that one too.
+inline Activation check_activation(const char* op, const std::optional<std::string>& name, bool silu = false) {
   if (!name) return Activation::none;
   if (*name == "gelu") return Activation::gelu;
-  STD_TORCH_CHECK(*name == "gelu_tanh", op, ": activation must be 'gelu' or 'gelu_tanh', got '", *name, "'");
+  if (*name == "silu" && silu) return Activation::silu;
+  const char* known = silu ? "'gelu', 'gelu_tanh' or 'silu'" : "'gelu' or 'gelu_tanh'";
+  STD_TORCH_CHECK(*name == "gelu_tanh", op, ": activation must be ", known, ", got '", *name, "'");
   return Activation::gelu_tanh;
 }
 

@@ -76,6 +76,13 @@ std::string instruction_set(std::string name) {
 
 const Kernels& kernels() { return *in_force.load(std::memory_order_relaxed); }
 
+const char* set_with_panel(int64_t panel) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.kernels->panel == panel) return set.kernels->name;
+  }
+  return nullptr;
+}
+
 }  // namespace vit_fast
 
 STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CompositeExplicitAutograd, m) {

@@ -16,14 +16,15 @@ enum class Type : int8_t { f32, bf16 };
 constexpr int64_t ROWS_OF_PART = 32;
 constexpr int64_t parts_of(int64_t rows) { return (rows + ROWS_OF_PART - 1) / ROWS_OF_PART; }
 
-// [rows, columns]; total = x + residual is written only with a residual, mean and rstd [rows] always.
+// [rows, columns]; total = x + residual is written only with a residual, mean and rstd [rows] unless they are null. Without a weight
+// or bias they are ones and zeros.
 struct LayerNormForward {
   const void *x, *residual, *weight, *bias;
   void *y, *total;
   float *mean, *rstd;
-  int64_t columns, x_row, residual_row;
+  int64_t columns, x_row, residual_row, y_row;
   float eps;
-  Type x_type, residual_type, weight_type, total_type;  // y has the weight's
+  Type x_type, residual_type, weight_type, total_type, y_type;  // of both parameters; y has it too, or with one in float32 x's
 };
 
 // dtotal may be null. sums: [2][parts][columns], of dweight and of dbias, a part for every ROWS_OF_PART rows.
@@ -57,8 +58,8 @@ struct Product {
   int64_t rows, columns, depth;
   int64_t x_row, w_row, w_step;  // w_step: from one k to the next; w_row or w_step is 1
   int64_t group, y_group, y_row, residual_group, residual_row, z_row;
-  Type x_type, residual_type, y_type;  // w, bias and z have x's
-  int8_t activation;                   // 0 none, 1 gelu, 2 gelu_tanh
+  Type x_type, bias_type, residual_type, y_type;  // w and z have x's; of patches, in which w comes
+  int8_t activation;                              // 0 none, 1 gelu, 2 gelu_tanh, 3 silu
   bool pack_x;     // which operand is packed; the work is counted in rows of the other
   float* packed;   // product_packed_size
   float* scratch;  // [workers][product_scratch_size]
@@ -78,11 +79,12 @@ struct GeluBackward {
 struct Attention {
   const void *qkv, *dout, *dprobs;
   void *out, *probs, *dqkv;
-  void* lse;  // [B, H, N], float64 for float32, float32 for bfloat16
+  void* lse;  // [B, H, N], float64 for float32, float32 for bfloat16; null where no backward pass follows
   int64_t images, tokens, heads, head;
   int64_t image_stride, token_stride, part_stride, head_stride;
   int64_t block;   // queries
-  int64_t dout_image, dout_token;  // strides; a token's values are contiguous
+  int64_t out_image, out_token;    // strides; a token's values are contiguous
+  int64_t dout_image, dout_token;
   float scale;
   Type type;
   int8_t kind;     // of probabilities: 0 none, 1 all, 2 class_token, 3 head_mean
@@ -101,6 +103,7 @@ struct PatchScatter {
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
+  int64_t panel;  // rows of a packed matrix that lie side by side; no two sets have the same
   void (*layer_norm_forward)(const LayerNormForward&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end);  // parts
   void (*product_pack)(const Product&, int64_t begin, int64_t end);  // panels of the packed operand
@@ -120,6 +123,7 @@ struct Kernels {
   void (*add_rows)(const float* parts, int64_t count, int64_t columns, void* sum, Type type);  // [count][columns] to [columns]
 };
 
-const Kernels& kernels();  // of the instruction set in force: cpu.cpp
+const Kernels& kernels();                    // of the instruction set in force: cpu.cpp
+const char* set_with_panel(int64_t panel);   // the instruction set whose panels have so many rows, or null
 
 }  // namespace vit_fast

@@ -14,6 +14,7 @@ namespace vit_fast::VIT_FAST_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     VIT_FAST_TEXT(VIT_FAST_ISA),
+    PANEL,
     layer_norm_forward,
     layer_norm_backward,
     product_pack,

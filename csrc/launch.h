@@ -65,7 +65,18 @@ inline Tensor sum_of_parts(const float* parts, int64_t count, int64_t columns, S
   return sum;
 }
 
+// A caller's memory to write: on a CPU, its last axis contiguous, no element of it in two places.
+void check_out(const char* op, const char* name, const Tensor& out);
+// An input may be the output itself where `in_place`, else no memory of it. Rows of one matrix may lie between those of the other.
+void check_apart(const char* op, const char* name, const Tensor& input, const Tensor& out, bool in_place = false);
+
 // Packs one operand and computes; chooses which, and allocates what both steps need.
 void run_product(Product& a);
+// The same with a weight that linear_pack made, or a range of its panels: `take_packed` fills it in, columns and depth with it.
+void take_packed(const char* op, Product& a, const Tensor& packed, int64_t columns);
+void run_packed_product(Product& a);
+
+// Of length a.columns, in float32 or in `type`.
+void take_bias(const char* op, Product& a, const Tensor& bias, ScalarType type);
 
 }  // namespace vit_fast

@@ -5,9 +5,18 @@
 namespace vit_fast {
 namespace {
 
+constexpr auto FLOATS = {ScalarType::Float, ScalarType::BFloat16};
 constexpr int64_t LEAST_VALUES = 16384;  // for a thread of its own to be worth its start
 
 int64_t least_rows(int64_t columns) { return std::max<int64_t>(1, LEAST_VALUES / std::max<int64_t>(1, columns)); }
+
+void run(const LayerNormForward& a, int64_t rows) {
+  if (rows == 0) return;
+  const Kernels& kernel = kernels();
+  share(workers_for(rows, least_rows(a.columns)), rows, [&](int, int64_t begin, int64_t end) {
+    kernel.layer_norm_forward(a, begin, end);
+  });
+}
 
 void check_parameters(const char* op, const Tensor& weight, const Tensor& bias, int64_t columns) {
   check_shape(op, "weight", weight, {columns});
@@ -57,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(
     a.weight = weight.data_ptr();
     a.bias = bias.data_ptr();
     a.y = y.data_ptr();
+    a.y_row = columns;
     a.total = total.data_ptr();
     a.mean = floats_of(mean);
     a.rstd = floats_of(rstd);
@@ -65,12 +75,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(
     a.residual_type = residual ? type_of(*residual) : a.x_type;
     a.weight_type = type_of(weight);
     a.total_type = type_of(total);
-    const Kernels& kernel = kernels();
-    share(workers_for(rows, least_rows(columns)), rows, [&](int, int64_t begin, int64_t end) {
-      kernel.layer_norm_forward(a, begin, end);
-    });
+    a.y_type = type_of(y);
+    run(a, rows);
   }
   return {y, total, mean, rstd};
+}
+
+void layer_norm_out(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, Tensor out) {
+  const char* op = "layer_norm_out";
+  LayerNormForward a = {};
+  a.x_row = check_rows(op, "x", x);
+  a.columns = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(a.columns > 0, op, ": x must have columns, got shape ", text_of(x.sizes()));
+  check_dtype(op, "x", x, FLOATS);
+  check_out(op, "out", out);
+  check_shape(op, "out", out, sizes_of(x));
+  check_dtype(op, "out", out, {x.scalar_type()});
+  a.y_row = check_rows(op, "out", out);
+  check_apart(op, "x", x, out, true);
+  a.x_type = a.residual_type = a.weight_type = a.total_type = a.y_type = type_of(x);
+  for (const auto& [name, parameter] : {std::make_pair("weight", &weight), std::make_pair("bias", &bias)}) {
+    if (!*parameter) continue;
+    check_shape(op, name, **parameter, {a.columns});
+    check_contiguous(op, name, **parameter);
+    check_device(op, name, **parameter, "x", x);
+    check_dtype(op, name, **parameter, {ScalarType::Float, x.scalar_type()});
+    STD_TORCH_CHECK(
+        !weight || (*parameter)->scalar_type() == weight->scalar_type(), op, ": bias must be ", name_of(weight->scalar_type()),
+        " as weight, got ", name_of((*parameter)->scalar_type()));
+    a.weight_type = type_of(**parameter);
+  }
+  a.x = x.data_ptr();
+  a.weight = weight ? weight->data_ptr() : nullptr;
+  a.bias = bias ? bias->data_ptr() : nullptr;
+  a.y = out.data_ptr();
+  a.eps = float(eps);
+  run(a, rows_of(x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(
@@ -120,5 +160,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&vit_fast::layer_norm_fwd));
+  m.impl("layer_norm_out", TORCH_BOX(&vit_fast::layer_norm_out));
   m.impl("layer_norm_bwd", TORCH_BOX(&vit_fast::layer_norm_bwd));
 }

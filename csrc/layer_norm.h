@@ -6,7 +6,7 @@
 
 namespace vit_fast::VIT_FAST_ISA {
 
-template <class X, class R, class W, class T>
+template <class X, class R, class W, class T, class Y>
 static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, int64_t end) {
   const int64_t columns = a.columns;
   const W* weight = static_cast<const W*>(a.weight);
@@ -19,7 +19,7 @@ static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, in
     const X* x = static_cast<const X*>(a.x) + row * a.x_row;
     const R* residual = a.residual ? static_cast<const R*>(a.residual) + row * a.residual_row : nullptr;
     T* total = a.residual ? static_cast<T*>(a.total) + row * columns : nullptr;
-    W* y = static_cast<W*>(a.y) + row * columns;
+    Y* y = static_cast<Y*>(a.y) + row * a.y_row;
     // The sum as the next operation will read it: rounded to its dtype.
     const auto given = [&](int64_t i, int n) { return residual ? load_up_to(total + i, n) : load_up_to(x + i, n); };
     const auto values = [&](int64_t i, int n) { return widens ? load_up_to(widened + i, n) : given(i, n); };
@@ -60,11 +60,13 @@ static void layer_norm_forward_rows(const LayerNormForward& a, int64_t begin, in
     const float variance = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / float(columns);
     const float rstd = 1.f / __builtin_sqrtf(variance + a.eps);
     for_vectors(columns, [&](int64_t i, int n) {
-      const vec normal = (values(i, n) - mean) * rstd;
-      store_up_to(y + i, normal * load_up_to(weight + i, n) + load_up_to(bias + i, n), n);
+      vec v = (values(i, n) - mean) * rstd;
+      if (weight) v *= load_up_to(weight + i, n);
+      if (bias) v += load_up_to(bias + i, n);
+      store_up_to(y + i, v, n);
     });
-    a.mean[row] = mean;
-    a.rstd[row] = rstd;
+    if (a.mean) a.mean[row] = mean;
+    if (a.rstd) a.rstd[row] = rstd;
   }
 }
 
@@ -124,17 +126,19 @@ static void layer_norm_forward(const LayerNormForward& a, int64_t begin, int64_t
   using f = float;
   using b = bf16;
   if (w) {  // then nothing is wider: autocast widens the weight
-    layer_norm_forward_rows<b, b, b, b>(a, begin, end);
+    layer_norm_forward_rows<b, b, b, b, b>(a, begin, end);
+  } else if (a.y_type == Type::bf16) {
+    layer_norm_forward_rows<b, b, f, b, b>(a, begin, end);
   } else if (x) {
     if (r) {
-      layer_norm_forward_rows<b, b, f, b>(a, begin, end);
+      layer_norm_forward_rows<b, b, f, b, f>(a, begin, end);
     } else {
-      layer_norm_forward_rows<b, f, f, f>(a, begin, end);
+      layer_norm_forward_rows<b, f, f, f, f>(a, begin, end);
     }
   } else if (r) {
-    layer_norm_forward_rows<f, b, f, f>(a, begin, end);
+    layer_norm_forward_rows<f, b, f, f, f>(a, begin, end);
   } else {
-    layer_norm_forward_rows<f, f, f, f>(a, begin, end);
+    layer_norm_forward_rows<f, f, f, f, f>(a, begin, end);
   }
 }
 

@@ -7,7 +7,7 @@
 namespace vit_fast::VIT_FAST_ISA {
 
 VIT_FAST_INLINE vec activated(vec values, int activation) {
-  return activation == 0 ? values : activation == 1 ? gelu(values) : gelu_tanh(values);
+  return activation == 0 ? values : activation == 1 ? gelu(values) : activation == 2 ? gelu_tanh(values) : silu(values);
 }
 VIT_FAST_INLINE vec derivative_at(vec values, int activation) {
   return activation == 1 ? gelu_derivative(values) : gelu_tanh_derivative(values);
@@ -77,15 +77,17 @@ VIT_FAST_INLINE void prefetch_row(const float* row, int64_t depth) {
 }
 
 // Where `rows` rows of results go from column j on, and what is added to them, into the second cache.
-template <class X, class R, class Y>
+template <class X, class Y>
 VIT_FAST_INLINE void prefetch_results(const Product& a, int64_t n, int64_t j, int64_t rows, int64_t columns) {
   for (int64_t i = n; i < n + rows; ++i) {
     const int64_t group = i / a.group, in_group = i % a.group;
     const Y* y = static_cast<const Y*>(a.y) + group * a.y_group + in_group * a.y_row + j;
     for (int64_t k = 0; k < columns; k += 64 / sizeof(Y)) __builtin_prefetch(y + k, 1, 2);
     if (a.residual) {
-      const R* residual = static_cast<const R*>(a.residual) + group * a.residual_group + in_group * a.residual_row + j;
-      for (int64_t k = 0; k < columns; k += 64 / sizeof(R)) __builtin_prefetch(residual + k, 0, 2);
+      const int64_t size = size_of(a.residual_type);
+      const char* residual =
+          static_cast<const char*>(a.residual) + (group * a.residual_group + in_group * a.residual_row + j) * size;
+      for (int64_t k = 0; k < columns * size; k += 64) __builtin_prefetch(residual + k, 0, 2);
     }
     if (a.z) {
       const X* z = static_cast<const X*>(a.z) + i * a.z_row + j;
@@ -95,25 +97,23 @@ VIT_FAST_INLINE void prefetch_results(const Product& a, int64_t n, int64_t j, in
 }
 
 // What follows the sums: `count` values of row n from column j on. Overwrites them.
-template <class X, class R, class Y>
+template <class X, class Y>
 VIT_FAST_INLINE void finish(const Product& a, int64_t n, int64_t j, int64_t count, float* values) {
   const int64_t in_group = n % a.group;
   Y* y = static_cast<Y*>(a.y) + (n / a.group) * a.y_group + in_group * a.y_row + j;
   X* z = a.z ? static_cast<X*>(a.z) + n * a.z_row + j : nullptr;
-  const X* bias = a.bias ? static_cast<const X*>(a.bias) + j : nullptr;
-  const R* residual =
-      a.residual ? static_cast<const R*>(a.residual) + (n / a.group) * a.residual_group + in_group * a.residual_row + j : nullptr;
+  const int64_t residual = (n / a.group) * a.residual_group + in_group * a.residual_row + j;
   for_vectors(count, [&](int64_t i, int m) {
     vec v = load_up_to(values + i, m);
-    if (bias) v += load_up_to(bias + i, m);
+    if (a.bias) v += load_up_to(a.bias, a.bias_type, j + i, m);
     if (z) store_up_to(z + i, v, m);
     v = activated(v, a.activation);
-    if (residual) v += load_up_to(residual + i, m);
+    if (a.residual) v += load_up_to(a.residual, a.residual_type, residual + i, m);
     store_up_to(y + i, v, m);
   });
 }
 
-template <class X, class R, class Y>
+template <class X, class Y>
 static void product_blocks(const Product& a, int worker, int64_t begin, int64_t end) {
   float* block = a.scratch + worker * product_scratch_size(a);  // [BLOCK_ROWS][BLOCK_COLUMNS]
   float* turned = block + BLOCK_ROWS * BLOCK_COLUMNS;           // [LANES][BLOCK_ROWS]
@@ -146,14 +146,14 @@ static void product_blocks(const Product& a, int worker, int64_t begin, int64_t 
           const int64_t begin = STRIPS_STAY ? (p - column) / PANEL : (p == column ? 0 : next);
           const int64_t step = STRIPS_STAY ? panels_of(columns) : 1;
           for (int64_t r = begin; !copies && r < next; r += step) prefetch_row(from + (TILE + r) * row_stride, depth);
-          if (last && !a.pack_x) prefetch_results<X, R, Y>(a, first + i, p, m, smaller(packed - p, PANEL));
+          if (last && !a.pack_x) prefetch_results<X, Y>(a, first + i, p, m, smaller(packed - p, PANEL));
           const bool full = packed - p > LANES;
-          const float* panel = a.packed + p * a.depth + k * (full ? PANEL : LANES);
+          const float* panel = a.packed + p * a.depth + k * PANEL;
           const auto tile_of_width = full ? tile_of<TILE, 2, true> : tile_of<TILE, 1, true>;
           tile_of_width(int(m), depth, from, row_stride, 1, panel, block + i * BLOCK_COLUMNS + (p - column), BLOCK_COLUMNS, k > 0);
         };
         const auto finish_rows = [&](int64_t i, int64_t end) {
-          for (; last && !a.pack_x && i < end; ++i) finish<X, R, Y>(a, first + i, column, columns, block + i * BLOCK_COLUMNS);
+          for (; last && !a.pack_x && i < end; ++i) finish<X, Y>(a, first + i, column, columns, block + i * BLOCK_COLUMNS);
         };
         if constexpr (STRIPS_STAY) {
           for (int64_t i = 0; i < rows; i += TILE) {
@@ -171,7 +171,7 @@ static void product_blocks(const Product& a, int worker, int64_t begin, int64_t 
         for (int64_t n = 0; n < columns; n += LANES) {
           for (int64_t i = 0; i < rows; i += LANES) transpose(block + i * BLOCK_COLUMNS + n, BLOCK_COLUMNS, turned + i, BLOCK_ROWS);
           for (int64_t lane = 0; lane < smaller(columns - n, LANES); ++lane) {
-            finish<X, R, Y>(a, column + n + lane, first, rows, turned + lane * BLOCK_ROWS);
+            finish<X, Y>(a, column + n + lane, first, rows, turned + lane * BLOCK_ROWS);
           }
         }
       }
@@ -184,12 +184,14 @@ static void product(const Product& a, int worker, int64_t begin, int64_t end) {
   end = smaller(end * TILE, in_place_rows(a));
   using f = float;
   using b = bf16;
-  if (a.x_type == Type::f32) {
-    product_blocks<f, f, f>(a, worker, begin, end);
+  if (a.x_type == Type::f32 && a.y_type == Type::f32) {
+    product_blocks<f, f>(a, worker, begin, end);
+  } else if (a.x_type == Type::f32) {
+    product_blocks<f, b>(a, worker, begin, end);
   } else if (a.y_type == Type::f32) {
-    product_blocks<b, f, f>(a, worker, begin, end);
+    product_blocks<b, f>(a, worker, begin, end);
   } else {
-    product_blocks<b, b, b>(a, worker, begin, end);
+    product_blocks<b, b>(a, worker, begin, end);
   }
 }
 

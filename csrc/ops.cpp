@@ -34,5 +34,16 @@ STABLE_TORCH_LIBRARY(vit_fast_cpp, m) {
       "attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, str probs,"
       " Tensor? dprobs) -> Tensor dqkv");
 
+  // Of a frozen model, on a CPU: weights packed once, results where the caller wants them.
+  m.def("linear_pack(Tensor weight) -> Tensor packed");
+  m.def("linear_unpack(Tensor packed, int columns) -> Tensor weight");
+  m.def(
+      "linear_packed_out(Tensor x, Tensor packed, Tensor? bias, str? activation, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def("layer_norm_out(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out) -> ()");
+  m.def("attention_out(Tensor qkv, float scale, str probs, Tensor(a!) out, Tensor(b!)? probabilities) -> ()");
+  m.def(
+      "patch_embed_out(Tensor images, Tensor packed, Tensor? bias, Tensor? positions, int patch_rows, int patch_columns,"
+      " Tensor(a!) out) -> ()");
+
   m.def("instruction_set(str name) -> str");
 }

@@ -7,7 +7,26 @@ namespace {
 
 constexpr auto FLOATS = {ScalarType::Float, ScalarType::BFloat16};
 
-// What the product gathers, from images [B, C, H, W] for a weight [D, C, P, Q]; checks all of it.
+// What the product gathers from images [B, C, H, W] as they are, in patches of P rows and Q columns.
+Patches take_images(const Tensor& images, int64_t patch_rows, int64_t patch_columns) {
+  Patches a = {};
+  a.images = images.data_ptr();
+  a.image_stride = images.stride(0);
+  a.channel_stride = images.stride(1);
+  a.row_stride = images.stride(2);
+  a.column_stride = images.stride(3);
+  a.channels = images.size(1);
+  a.patch_rows = patch_rows;
+  a.patch_columns = patch_columns;
+  a.rows = images.size(2) / patch_rows;
+  a.columns = images.size(3) / patch_columns;
+  a.source = images.scalar_type() == ScalarType::Byte   ? Patches::Source::u8
+             : images.scalar_type() == ScalarType::Float ? Patches::Source::f32
+                                                         : Patches::Source::bf16;
+  return a;
+}
+
+// The same for a weight [D, C, P, Q], normalised by mean and std; checks all of it.
 Patches take_patches(
     const char* op, const Tensor& images, const Tensor& weight, const std::optional<Tensor>& mean, const std::optional<Tensor>& std) {
   check_rank(op, "images", images, 4);
@@ -21,7 +40,7 @@ Patches take_patches(
   check_dtype(op, "images", images, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte});
   STD_TORCH_CHECK(mean.has_value() == std.has_value(), op, ": mean and std come together, got only one of them");
   STD_TORCH_CHECK(mean || images.scalar_type() != ScalarType::Byte, op, ": uint8 images need mean and std, got neither");
-  Patches a = {};
+  Patches a = take_images(images, height, width);
   if (mean) {
     for (const auto& [name, tensor] : {std::make_pair("mean", &*mean), std::make_pair("std", &*std)}) {
       check_shape(op, name, *tensor, {channels});
@@ -32,19 +51,6 @@ Patches take_patches(
     a.mean = floats_of(*mean);
     a.std = floats_of(*std);
   }
-  a.images = images.data_ptr();
-  a.image_stride = images.stride(0);
-  a.channel_stride = images.stride(1);
-  a.row_stride = images.stride(2);
-  a.column_stride = images.stride(3);
-  a.channels = channels;
-  a.patch_rows = height;
-  a.patch_columns = width;
-  a.rows = images.size(2) / height;
-  a.columns = images.size(3) / width;
-  a.source = images.scalar_type() == ScalarType::Byte   ? Patches::Source::u8
-             : images.scalar_type() == ScalarType::Float ? Patches::Source::f32
-                                                         : Patches::Source::bf16;
   a.round_to_bf16 = type_of(weight) == Type::bf16 && (a.mean || a.source != Patches::Source::bf16);
   return a;
 }
@@ -88,7 +94,7 @@ Tensor patch_embed_fwd(
   a.y_group = tokens * width;
   a.y_row = a.residual_row = width;
   a.residual_group = 0;  // every image gets the same positions
-  a.x_type = type_of(weight);
+  a.x_type = a.bias_type = type_of(weight);
   a.residual_type = a.y_type = type_of(y);
   // Row 0 of an image and of the table are the class token's.
   const int64_t skipped = width * (a.y_type == Type::f32 ? 4 : 2);
@@ -99,6 +105,48 @@ Tensor patch_embed_fwd(
   torch::stable::copy_(class_row, torch::stable::subtract(
       torch::stable::narrow(position_embeddings, 1, 0, 1), cls_token, -1.0));
   return y;
+}
+
+void patch_embed_out(
+    Tensor images, Tensor packed, std::optional<Tensor> bias, std::optional<Tensor> positions, int64_t patch_rows,
+    int64_t patch_columns, Tensor out) {
+  const char* op = "patch_embed_out";
+  check_rank(op, "images", images, 4);
+  check_dtype(op, "images", images, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte});
+  STD_TORCH_CHECK(
+      patch_rows > 0 && patch_columns > 0, op, ": a patch must have rows and columns, got ", patch_rows, " and ", patch_columns);
+  const Patches patches = take_images(images, patch_rows, patch_columns);
+  const int64_t batch = images.size(0), in_image = patches.rows * patches.columns;
+  check_out(op, "out", out);
+  check_rank(op, "out", out, 3);
+  check_dtype(op, "out", out, FLOATS);
+  const int64_t width = out.size(2);
+  check_shape(op, "out", out, {batch, in_image, width});
+  check_apart(op, "images", images, out);
+  Product a = {};
+  take_packed(op, a, packed, width);
+  STD_TORCH_CHECK(
+      a.depth == patches.channels * patch_rows * patch_columns, op, ": packed must be ", patches.channels * patch_rows * patch_columns,
+      " deep for patches of ", text_of(std::vector<int64_t>{patches.channels, patch_rows, patch_columns}), ", got ", a.depth);
+  if (bias) take_bias(op, a, *bias, out.scalar_type());
+  if (positions) {
+    check_shape(op, "positions", *positions, {in_image, width});
+    check_dtype(op, "positions", *positions, {ScalarType::Float, out.scalar_type()});
+    check_device(op, "positions", *positions, "images", images);
+    a.residual_row = check_rows(op, "positions", *positions);
+    a.residual = positions->data_ptr();
+    a.residual_type = type_of(*positions);
+    check_apart(op, "positions", *positions, out);
+  }
+  if (batch * in_image == 0) return;
+  a.patches = &patches;
+  a.rows = batch * in_image;
+  a.group = in_image;
+  a.y = out.data_ptr();
+  a.y_group = out.stride(0);
+  a.y_row = out.stride(1);
+  a.y_type = type_of(out);
+  run_packed_product(a);  // x, gathered, is float32
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
@@ -162,5 +210,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CPU, m) {
   m.impl("patch_embed_fwd", TORCH_BOX(&vit_fast::patch_embed_fwd));
+  m.impl("patch_embed_out", TORCH_BOX(&vit_fast::patch_embed_out));
   m.impl("patch_embed_bwd", TORCH_BOX(&vit_fast::patch_embed_bwd));
 }

@@ -25,7 +25,7 @@ constexpr int64_t BLOCK_COLUMNS = 512;     // of panels, in one block
 constexpr bool STRIPS_STAY = LANES == 16;
 
 // c[M][V·LANES] (+)= a · b over `depth` values of k.
-// a(i, k) = a[i * a_row + k * a_step], b(k, :) = b + k * V · LANES, c(i, :) = c + i * c_row. SIDE_BY_SIDE: a_step is 1. Said in the
+// a(i, k) = a[i * a_row + k * a_step], b(k, :) = b + k * PANEL, c(i, :) = c + i * c_row. SIDE_BY_SIDE: a_step is 1. Said in the
 // type, since a compiler that keeps the step in a register moves row addresses out of them: 10 % (Xeon with AVX-512, 2026-11-25).
 template <int M, int V, bool SIDE_BY_SIDE>
 VIT_FAST_INLINE void tile(
@@ -48,7 +48,7 @@ VIT_FAST_INLINE void tile(
       for (int v = 0; v < V; ++v) acc[i][v] += single * panel[v];
     }
     a += SIDE_BY_SIDE ? 1 : a_step;
-    b += V * LANES;
+    b += PANEL;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -70,9 +70,8 @@ static void tile_of(
   tile<M, V, SIDE_BY_SIDE>(depth, a, a_row, a_step, b, c, c_row, add);
 }
 
-// A matrix of `rows` rows of `depth` values, packed: panel p begins at p · PANEL · depth, its values of k PANEL (or, in a last panel
-// of at most LANES rows, LANES) apart. Rows that are not there are zeros.
-VIT_FAST_INLINE int64_t panel_width(int64_t panel, int64_t rows) { return rows - panel * PANEL <= LANES ? LANES : PANEL; }
+// A matrix of `rows` rows of `depth` values, packed: [panels][depth][PANEL], so that any run of panels is one too. Rows that are not
+// there are zeros.
 VIT_FAST_INLINE int64_t panels_of(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
 // c[rows][columns] (+)= a · b for `columns` of a packed operand from its first panel on: what attention is made of.
@@ -81,16 +80,16 @@ VIT_FAST_INLINE void small_product(
     int64_t c_row, bool add) {
   constexpr int64_t SHORT = 128;  // of a slice: everything is near, and the sums are as accurate as stock products'
   for (int64_t p = 0; p < panels_of(columns); ++p) {
-    const int64_t width = panel_width(p, columns);
+    const bool full = columns - p * PANEL > LANES;
     for (int64_t k = 0; k < depth; k += SHORT) {
       const int64_t here = depth - k < SHORT ? depth - k : SHORT;
-      const float* panel = packed + p * PANEL * depth + k * width;
+      const float* panel = packed + (p * depth + k) * PANEL;
       for (int64_t i = 0; i < rows; i += TILE) {
         const int m = int(rows - i < TILE ? rows - i : TILE);
         const float* from = a + i * a_row + k * a_step;
         float* to = c + i * c_row + p * PANEL;
-        const auto multiply = width == PANEL ? (a_step == 1 ? tile_of<TILE, 2, true> : tile_of<TILE, 2, false>)
-                                             : (a_step == 1 ? tile_of<TILE, 1, true> : tile_of<TILE, 1, false>);
+        const auto multiply = full ? (a_step == 1 ? tile_of<TILE, 2, true> : tile_of<TILE, 2, false>)
+                                   : (a_step == 1 ? tile_of<TILE, 1, true> : tile_of<TILE, 1, false>);
         multiply(m, here, from, a_row, a_step, panel, to, c_row, add || k > 0);
       }
     }
@@ -110,8 +109,7 @@ VIT_FAST_INLINE void transpose(const float* from, int64_t from_row, float* to, i
 // One panel from rows whose values of k are side by side.
 template <class T>
 static void pack_rows(const T* rows, int64_t row_stride, int64_t count, int64_t depth, float* panel) {
-  const int64_t width = count <= LANES ? LANES : PANEL;
-  for (int64_t j = 0; j < width; j += LANES) {
+  for (int64_t j = 0; j < PANEL; j += LANES) {
     const int64_t there = count - j < LANES ? count - j : LANES;
     for (int64_t k = 0; k < depth; k += LANES) {
       const int n = int(depth - k < LANES ? depth - k : LANES);
@@ -125,7 +123,7 @@ static void pack_rows(const T* rows, int64_t row_stride, int64_t count, int64_t 
       transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
-        if (i < n) store(panel + (k + i) * width + j, square[i]);
+        if (i < n) store(panel + (k + i) * PANEL + j, square[i]);
       }
     }
   }
@@ -134,12 +132,11 @@ static void pack_rows(const T* rows, int64_t row_stride, int64_t count, int64_t 
 // One panel from rows that lie side by side: the values of one k are adjacent, those of the next k_stride further.
 template <class T>
 static void pack_columns(const T* columns, int64_t k_stride, int64_t count, int64_t depth, float* panel) {
-  const int64_t width = count <= LANES ? LANES : PANEL;
   for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t j = 0; j < width; j += LANES) {
+    for (int64_t j = 0; j < PANEL; j += LANES) {
       const int64_t left = count - j;
       const T* from = columns + k * k_stride + j;
-      store(panel + k * width + j, left <= 0 ? vec{} : load_up_to(from, int(left < LANES ? left : LANES)));
+      store(panel + k * PANEL + j, left <= 0 ? vec{} : load_up_to(from, int(left < LANES ? left : LANES)));
     }
   }
 }

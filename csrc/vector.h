@@ -107,6 +107,11 @@ template <class T>
 VIT_FAST_INLINE vec load_up_to(const T* p, int n) {
   return n == LANES ? load(p) : load_first(p, n);
 }
+// From element i on of memory whose type is known only now.
+VIT_FAST_INLINE vec load_up_to(const void* p, Type type, int64_t i, int n) {
+  return type == Type::f32 ? load_up_to(static_cast<const float*>(p) + i, n) : load_up_to(static_cast<const bf16*>(p) + i, n);
+}
+VIT_FAST_INLINE int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 template <class T>
 VIT_FAST_INLINE void store_up_to(T* p, vec values, int n) {
   if (n == LANES) {
@@ -227,6 +232,11 @@ VIT_FAST_INLINE vec gelu_derivative(vec x) {
 VIT_FAST_INLINE vec gelu_tanh(vec x) {
   const vec u2 = x * (1.595769122f + 0.0713548163f * x * x);
   const vec y = x / (1.f + exp(-u2));
+  return x < -1e4f ? vec{} : y;
+}
+// x σ(x)
+VIT_FAST_INLINE vec silu(vec x) {
+  const vec y = x / (1.f + exp(-x));
   return x < -1e4f ? vec{} : y;
 }
 VIT_FAST_INLINE vec gelu_tanh_derivative(vec x) {
