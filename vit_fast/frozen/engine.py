@@ -57,6 +57,9 @@ class Functional:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.ones, self.zeros = {}, {}
+        # Bytes, divided by 255 by the operation, need no more: the rest is in the weight.
+        channels = engine.architecture.channels
+        self.mean, self.std = torch.zeros(channels, device=engine.device), torch.ones(channels, device=engine.device)
 
     @contextlib.contextmanager
     def buffers(self) -> Iterator[_NoBuffers]:
@@ -80,9 +83,7 @@ class Functional:
         a, w = self.engine.architecture, self.engine.dense
         bias = w["patch.bias"] if "patch.bias" in w else self._constant(0, a.width)
         class_token = self._constant(0, a.width).view(1, 1, -1)
-        mean = std = None
-        if images.dtype == torch.uint8:
-            mean, std = (torch.full((a.channels,), value, device=images.device) for value in (0.0, 1.0))
+        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         h = OPERATIONS["patch_embed"](images, w["patch.weight"], bias, class_token, table, mean, std)
         if a.prefix_tokens == 0:
             return h[:, 1:].contiguous()
@@ -169,14 +170,15 @@ class InPlace:
 class Engine:
     """Weights as the products want them, and the forward pass.
 
-    :param folded: of `fold.fold`, with `unit` of the computer that `computer_for` names.
+    :param folded: of `fold.fold`, with `unit` of the computer that `computer_for` names; its weights are taken out of it, so that
+        none is held twice.
     """
 
     def __init__(self, folded: Folded, stem: nn.Module | None, device: torch.device, dtype: torch.dtype):
         self.architecture, self.activation, self.stem = folded.architecture, folded.activation, stem
         self.device, self.dtype = device, dtype
         self.kind = products.best_for(device, dtype)
-        weights = dict(folded.weights)
+        weights = folded.weights
         self.products: dict[str, products.Dense] = {}
         self.parts: dict[str, products.Dense | None] = {}  # of the last block's qkv: queries; keys and values
         for i in range(self.architecture.depth):

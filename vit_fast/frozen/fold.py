@@ -62,8 +62,9 @@ class _Weights:
         self.device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
 
     def take(self, name: str) -> Tensor | None:
+        """A copy, to compute in."""
         tensor = self.left.pop(name, None)
-        return None if tensor is None else tensor.detach().to(self.device, torch.float64)
+        return None if tensor is None else tensor.detach().to(self.device, torch.float64, copy=True)
 
 
 @torch.no_grad()
@@ -93,8 +94,10 @@ def fold(
             if beta is not None:
                 bias = weight @ beta + (0 if bias is None else bias)
             if gamma is not None:
-                weight = weight * gamma
-        put(name + ".weight", weight * (of_weight[:, None] if isinstance(of_weight, Tensor) else of_weight))
+                weight.mul_(gamma)
+        if not isinstance(of_weight, float) or of_weight != 1.0:
+            weight.mul_(of_weight[:, None] if isinstance(of_weight, Tensor) else of_weight)
+        put(name + ".weight", weight)
         put(name + ".bias", None if bias is None else bias * of_bias)
 
     def mlp(prefix: str, norm: str, scale: Tensor | float = 1.0) -> None:
