@@ -53,6 +53,7 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
   std::string names;
   for (const ScalarType type : allowed) {
     if (tensor.scalar_type() == type) return;
+    if (names == name_of(type)) continue;  // float32, or the dtype of another operand, which is float32
     names += (names.empty() ? "" : " or ") + std::string(name_of(type));
   }
   STD_TORCH_CHECK(false, op, ": ", name, " must be ", names, ", got ", name_of(tensor.scalar_type()));

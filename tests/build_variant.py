@@ -58,7 +58,7 @@ def build_emulated(compiler: list[str], torch: Path, target: Path, folder: Path)
 def run(variant: str, folder: Path, *pytest_arguments: str) -> int:
     """Build the variant and test it in the folder; pytest's exit code. CannotBuild where there is no compiler."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"}
-    tests = "tests/test_extension.py"
+    tests = ["tests/test_extension.py", "tests/test_extension_out.py"]
     if variant == "lanes":
         build.X86_SETS["avx512"] = "-mavx2 -mfma -DVIT_FAST_LANES=16"
         os.environ["CXXFLAGS"] = "-O1 -DVIT_FAST_AVX512_RUNS"
@@ -84,12 +84,12 @@ def run(variant: str, folder: Path, *pytest_arguments: str) -> int:
     if variant.startswith("emulated"):
         os.environ["CXXFLAGS"] += f" {EMULATE}"
         environment |= {"VIT_FAST_EMULATED": "1", "OMP_NUM_THREADS": "1"}  # kernels run on one thread: others would only wait
-        tests = "tests/test_emulated.py"
+        tests = ["tests/test_emulated.py"]
         assert plan.torch is not None
         build_emulated(plan.compiler, plan.torch, target, folder / "build")
     else:
         build.build_object(plan, "cpu", target, folder / "build")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *pytest_arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *pytest_arguments]
     return subprocess.run(command, cwd=folder, env=environment).returncode
 
 
