@@ -170,8 +170,8 @@ class InPlace:
 class Engine:
     """Weights as the products want them, and the forward pass.
 
-    :param folded: of `fold.fold`, with `unit` of the computer that `computer_for` names; its weights are taken out of it, so that
-        none is held twice.
+    :param folded: of `fold.fold`, with `unit` of the computer that `computer_for` names; its weights are taken out of it, so
+        that none is held twice.
     """
 
     def __init__(self, folded: Folded, stem: nn.Module | None, device: torch.device, dtype: torch.dtype):
@@ -231,6 +231,8 @@ class Engine:
         tensors += [t for product in self.products.values() for t in product.tensors()]
         if self.stem is not None:
             tensors += [*self.stem.parameters(), *self.stem.buffers()]
+        if self.kind is products.OneDnn:
+            tensors += [t for part in self.parts.values() for t in part.tensors()]
         if isinstance(self.computer, InPlace):
             tensors += [self.computer.patch_weight, *(t for b in self.computer.idle for t in b.memory.values())]
         return sum(t.numel() * t.element_size() for t in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import threading
 import weakref
@@ -59,6 +60,7 @@ class Frozen:
     """
 
     def __init__(self, folded: Folded, stem: nn.Module | None, device: torch.device, dtype: torch.dtype, options: Options):
+        _make_opaque()
         self.options = options
         self.family: ModuleType = families.by_name(folded.architecture.family)
         self._folded = folded.done
@@ -115,7 +117,6 @@ class Frozen:
 
     # ---- Calling it -------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(reason="a frozen model is compiled as far as it gets: the compiler sees one opaque call")
     def __call__(self, *args, outputs: str | Iterable[str] | None = None, **kwargs) -> Any:
         """What the source returns for these arguments; with ``outputs`` a dict of the results with these names.
 
@@ -278,6 +279,13 @@ class Frozen:
         return self
 
 
+@functools.cache
+def _make_opaque() -> None:
+    """Let torch.compile go around a call. Not where the class is defined: it imports the compiler, which takes a second."""
+    reason = "a frozen model is compiled as far as it gets: the compiler sees one opaque call"
+    Frozen.__call__ = torch.compiler.disable(Frozen.__call__, reason=reason)
+
+
 @dataclass(frozen=True)
 class Options:
     """What `freeze` was asked for."""
@@ -374,15 +382,20 @@ def _check(frozen: Frozen, model: nn.Module, description: Description) -> None:
         )
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _refuse_state(model: nn.Module) -> None:
     """`Unsupported` for what a snapshot can't honour: training mode, hooks, weights that aren't there."""
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         raise Unsupported("freeze: hooks are registered on all modules, and a frozen model would never call them")
+    is_own_hook = getattr(families.family_of(model), "is_own_hook", None)  # of those that the family's package leaves there
     for name, module in model.named_modules():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
         if module.training:
             raise Unsupported(f"freeze: {where} is in training mode: call model.eval() first")
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        hooks = [h for kind in _HOOKS for h in getattr(module, kind).values() if not (is_own_hook and is_own_hook(h))]
+        if hooks:
             raise Unsupported(f"freeze: {where} has hooks, and a frozen model would never call them: remove them first")
     parameters = list(model.parameters())
     if any(p.device.type == "meta" for p in parameters):
