@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= cli,dev
 BIN = $(VENV)/bin
 
-.PHONY: demo test emulate sanitize lint format compile-report cuda-report bench-cpu gpu sanitize-gpu clean
+.PHONY: demo test bench results emulate sanitize lint format compile-report cuda-report gpu sanitize-gpu clean
 
 demo: $(VENV)/installed  ## ViT-B/16 on photographs: parity, speed, an attention map
 	$(BIN)/vit-fast demo
@@ -34,8 +34,16 @@ cuda-report: $(VENV)/installed  ## compile the CUDA object, with no GPU; what it
 	VIT_FAST_EXT=cuda $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python bench/cuda_resources.py
 
-bench-cpu: $(VENV)/installed  ## every operation on this CPU, the extension against stock PyTorch
-	$(BIN)/python bench/cpu.py --dtypes fp32,bf16
+# The other runtimes are there to be compared with; without them, or without a network, all else is measured.
+bench: $(VENV)/installed  ## what is faster than what on this CPU, under 6 minutes; the last lines are the table
+	-$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) openvino onnx onnxruntime
+	mkdir -p bench-output
+	$(BIN)/vit-fast bench --device cpu --minutes 4 --contenders '$(BENCHED)' --json bench-output/bench.json --html bench-output/bench.html
+
+BENCHED = reference,plain,freeze,original inductor-frozen*,openvino,onnxruntime,timm,transformers,torchvision,torch,cpp
+
+results: $(VENV)/installed  ## README's results, their plots and the choices that ship, from bench/results
+	$(BIN)/python bench/results.py
 
 # The machine's own Python, torch and triton. An extension that does not build is reported, and all else is measured.
 gpu:  ## on a machine with a CUDA GPU: builds the extension, GPU tests, timings, bench/results/<device>/
@@ -55,4 +63,4 @@ $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS) $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf .venv* build dist *.egg-info vit_fast/*.so demo-output .pytest_cache .ruff_cache
+	rm -rf .venv* build dist *.egg-info vit_fast/*.so demo-output bench-output .pytest_cache .ruff_cache

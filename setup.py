@@ -15,9 +15,17 @@ version = re.search(r'^__version__ = "(.+)"', (HERE / "vit_fast" / "__init__.py"
 
 setup(
     version=version,
-    packages=["vit_fast", "vit_fast.ops", "vit_fast.frozen", "vit_fast.frozen.families", "vit_fast.kernels"],
+    packages=[
+        "vit_fast",
+        "vit_fast.benchmarks",
+        "vit_fast.frozen",
+        "vit_fast.frozen.families",
+        "vit_fast.ops",
+        "vit_fast.train",
+        "vit_fast.kernels",
+    ],
     # The kernels lie at the top of the repository and are installed inside the package: see vit_fast/kernels.py.
     package_dir={"vit_fast": "vit_fast", "vit_fast.kernels": "kernels"},
-    package_data={"vit_fast.kernels": ["README.md"]},
+    package_data={"vit_fast": ["tables/*.json", "weights/*"], "vit_fast.kernels": ["README.md"]},
     **extension_arguments(),
 )

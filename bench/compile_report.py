@@ -44,12 +44,12 @@ if __name__ == "__main__":  # the processes that it starts inherit it
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does when it is unset, less a warning
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import cases  # noqa: E402
-import roofline  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compiling import Launch, compiling_for, resident_programs, resources_of  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from vit_fast.benchmarks import cases, roofline  # noqa: E402
 
 # A product on sm_90 that is better off without wgmma: (kernel and its constants, dtypes, why). First match counts.
 WITHOUT_WGMMA = [
@@ -153,31 +153,12 @@ def configuration(row: Row) -> str:
 
 # ---- Calling the operations -----------------------------------------------------------------------------------------
 
-_launchers: dict[str, Callable] = {}
 _arch: int | str = 80  # of the target that launch choices are made for
 
 
 @functools.cache
 def _operations():
-    """The operations' tables, with what is registered as a kernel's launch noted on the way into torch.library."""
-    impl = torch.library.impl
-
-    def noting(qualname, types, *rest, **kwargs):
-        register = impl(qualname, types, *rest, **kwargs)
-        if rest or not isinstance(qualname, str):
-            return register
-
-        def note(function):
-            _launchers[qualname] = function
-            return register(function)
-
-        return note
-
-    torch.library.impl = noting
-    try:
-        import vit_fast.ops  # noqa: F401
-    finally:
-        torch.library.impl = impl
+    """The operations' tables, with a target and the right to launch in the place of a GPU."""
     from vit_fast import backends
     from vit_fast.kernels import common
 
@@ -189,11 +170,12 @@ def _operations():
 
 
 class _LaunchOnMeta(TorchDispatchMode):
-    """Where `meta` tensors would get an operation's fake, they get its launcher."""
+    """Where `meta` tensors would get an operation's fake, they get what launches its kernel."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        launcher = _launchers.get(function.name().partition(".")[0])
-        return (launcher or function)(*args, **(kwargs or {}))
+        if function.namespace == "vit_fast":  # registered for any device: this one's key stands for all
+            return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def compile_case(case: cases.Case, dtype: str, arch: int | str) -> tuple[list[Row], list[str]]:

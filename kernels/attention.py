@@ -41,7 +41,7 @@ from vit_fast.kernels.attention_tiles import (
     takes_tf32_from_shared_memory,
     zero_tile,
 )
-from vit_fast.kernels.common import Target, on_device, target_of
+from vit_fast.kernels.common import Target, on_device, target_of, tuned
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -53,6 +53,7 @@ _SHORT = {True: 336, False: 272}  # by `reads_shared_memory`
 _TF32 = 128  # channels of a head, likewise, for 64 rows of TF32
 
 
+@tuned
 def forward_config(tokens: int, head: int, itemsize: int, target: Target) -> dict:
     """What the forward is launched with: with SEGMENTS in the short design, with COLUMNS and TAIL in the streaming one.
 
@@ -73,6 +74,7 @@ def forward_config(tokens: int, head: int, itemsize: int, target: Target) -> dic
     return {"PIECES": pieces, "TAIL": tail, "ROWS": rows, "COLUMNS": cols, "num_warps": warps, "num_stages": stages}
 
 
+@tuned
 def head_mean_config(head: int, itemsize: int, target: Target) -> dict:
     """What the kernel for the mean over the heads is launched with."""
     edge = 64 if itemsize == 2 or takes_tf32_from_shared_memory(itemsize, target) else 32

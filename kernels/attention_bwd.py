@@ -45,7 +45,7 @@ from vit_fast.kernels.attention_tiles import (
     takes_tf32_from_shared_memory,
     zero_tile,
 )
-from vit_fast.kernels.common import Target, on_device, target_of
+from vit_fast.kernels.common import Target, on_device, target_of, tuned
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
@@ -57,6 +57,7 @@ def in_one_launch(tokens: int, head: int, itemsize: int, target: Target) -> bool
     return itemsize == 2 and tokens <= _ONE_LAUNCH and (reads_shared_memory(target) or sum(split(head, 2)) <= 64)
 
 
+@tuned
 def backward_config(gradients: str, tokens: int, head: int, itemsize: int, target: Target) -> dict:
     """What the backward for "queries", "keys" or "both" is launched with. TAIL cuts the tokens left by whole steps.
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_fast.kernels import launches
+
 
 @dataclass(frozen=True)
 class Target:
@@ -48,6 +50,29 @@ def target_of(device: torch.device) -> Target:
     arch = 10 * properties.major + properties.minor
     limit = properties.shared_memory_per_block_optin
     return Target("cuda", arch, properties.multi_processor_count, limit)
+
+
+def tuned(function):
+    """A launch choice that gives way to what was measured best on this machine for the same arguments, see `launches`."""
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+    @functools.wraps(function)
+    def choose(*arguments):
+        config = function(*arguments)
+        found = launches.get((name, *launch_arguments(arguments))) if launches else None
+        if found is None:
+            return config
+        if isinstance(config, dict):
+            return config | found
+        return type(config)(*found) if hasattr(config, "_fields") else tuple(found)
+
+    return choose
+
+
+def launch_arguments(arguments: tuple) -> tuple:
+    """The arguments of a launch choice as a file can hold them."""
+    plain = {Target: lambda a: f"{a.arch}, {a.multiprocessors} multiprocessors", torch.dtype: str}
+    return tuple(plain[type(a)](a) if type(a) in plain else a for a in arguments)
 
 
 def on_device(tensor: torch.Tensor):

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import Target, on_device, target_of
+from vit_fast.kernels.common import Target, on_device, target_of, tuned
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
@@ -35,6 +35,7 @@ class Config(NamedTuple):
 _PROGRAMS_PER_MULTIPROCESSOR = 8  # all resident, at under 64 registers a thread; bounds the bias gradient's partial sums
 
 
+@tuned
 def gelu_bwd_config(rows: int, columns: int, target: Target) -> Config:
     """The launch of the backward pass: 16 elements a thread, which is two 16-byte loads of each operand in 16 bit."""
     block_rows, block_columns = 8, 256

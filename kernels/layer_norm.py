@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import Target, on_device, target_of
+from vit_fast.kernels.common import Target, on_device, target_of, tuned
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
@@ -30,6 +30,7 @@ def _blocks(table: dict, columns: int) -> tuple[int, int, int]:
     return block_rows, block_columns, warps
 
 
+@tuned
 def forward_config(rows: int, columns: int, target: Target) -> tuple[int, int, int]:
     """(rows a program, padded columns, warps). Fewer rows a program where they would leave multiprocessors idle."""
     block_rows, block_columns, warps = _blocks(_FORWARD, columns)
@@ -38,6 +39,7 @@ def forward_config(rows: int, columns: int, target: Target) -> tuple[int, int, i
     return block_rows, block_columns, warps
 
 
+@tuned
 def backward_config(rows: int, columns: int, itemsize: int, target: Target) -> tuple[int, int, int, int, int]:
     """(rows a step, padded columns, warps, stages, programs at most). The prefetch takes its share of the shared memory."""
     block_rows, block_columns, warps = _blocks(_BACKWARD, columns)

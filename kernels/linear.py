@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of
+from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of, tuned
 from vit_fast.kernels.gelu import accumulator, gelu, gelu_derivative, takes_erf
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
@@ -48,6 +48,7 @@ _WIDE = 128 * 1024  # bytes of shared memory: enough for two programs with a dep
 _GROUP = 8  # row blocks walked together
 
 
+@tuned
 def product_config(rows: int, columns: int, depth: int, dtype: torch.dtype, target: Target) -> Config:
     """The launch of a product [rows, depth] × [depth, columns].
 

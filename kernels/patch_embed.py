@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of
+from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of, tuned
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
@@ -55,6 +55,7 @@ def _class(dtype: torch.dtype, target: Target) -> str:
     return "16-bit, sm_90" if target.arch in (90, 100) else "16-bit"
 
 
+@tuned
 def forward_config(rows: int, width: int, run: int, dtype: torch.dtype, target: Target) -> tuple[int, ...]:
     """(rows, columns, depth of a step, warps, stages) of a program, for [rows, K] by [K, width]; run: bytes, see `_run`.
 
@@ -70,6 +71,7 @@ def forward_config(rows: int, width: int, run: int, dtype: torch.dtype, target: 
     return tiles[-1]
 
 
+@tuned
 def backward_config(rows: int, width: int, depth: int, dtype: torch.dtype, target: Target) -> tuple[int, ...]:
     """(rows, columns, patches of a step, warps, stages, shares) for the weight's gradient [width, depth] over all patches."""
     block_m, block_n, block_r, warps, stages = _BACKWARD[_class(dtype, target)]

@@ -85,6 +85,9 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     assert {t for t in top if not t.endswith(".dist-info")} == {"vit_fast"}
     assert (wheel / "vit_fast" / "kernels.py").is_file() and (wheel / "vit_fast" / "ops" / "attention.py").is_file()
     assert not (wheel / "vit_fast" / "kernels" / "__init__.py").exists()
+    weights = wheel / "vit_fast" / "weights"
+    assert {p.name for p in weights.iterdir()} == {"README.md", "mnist-5k.safetensors"}
+    assert (weights / "mnist-5k.safetensors").read_bytes() == (ROOT / "vit_fast/weights/mnist-5k.safetensors").read_bytes()
 
 
 def site_packages():

@@ -9,8 +9,9 @@ Every operation (``patch_embed``, ``layer_norm``, ``linear``, ``attention``) has
 ``cpp``         the compiled extension of ``csrc/``
 ==============  ===============================================================================
 
-``auto``, the default, takes the first one, in the order that the operation's file states, that supports the given inputs.
-A named implementation never falls back: it computes, or it says why it can't.
+``auto``, the default, takes the one that was measured fastest on this machine (`vit_fast.tuning`); where nobody measured, the
+first one, in the order that the operation's file states, that supports the given inputs and is worth taking. A named
+implementation never falls back: it computes, or it says why it can't.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vit_fast import tuning
+
 NAMES = ("reference", "torch", "triton", "cpp")
 
 
@@ -32,11 +35,13 @@ NAMES = ("reference", "torch", "triton", "cpp")
 class Implementation:
     """One way to compute an operation. Both callables take the operation's arguments, in its order.
 
-    ``run`` computes, autograd included. ``supports`` returns None, or the reason why it can't take these inputs.
+    ``run`` computes, autograd included. ``supports`` returns None, or the reason why it can't take these inputs. ``worth``
+    returns None, or the reason why ``auto`` leaves it out, though it could, where nothing was measured.
     """
 
     run: Callable
     supports: Callable[..., str | None]
+    worth: Callable[..., str | None] = lambda *args: None
 
 
 class Operation:
@@ -58,19 +63,24 @@ class Operation:
             if reason is not None:
                 raise RuntimeError(f"{self.name}: implementation '{_selected}' cannot run: {reason}")
             return _selected
+        measured = tuning.choice(self.name, args)
+        if measured in self.implementations and self.implementations[measured].supports(*args) is None:
+            return measured
         for name in self.order:
             # The interpreter is for tests: hundreds of times slower than anything else.
             if name == "triton" and _interpreting():
                 continue
-            if self.implementations[name].supports(*args) is None:
+            if self.reason_against(name, *args) is None:
                 return name
         return "torch"
 
     def reason_against(self, name: str, *args) -> str | None:
-        """Why the implementation of that name can't take these arguments; None when it can."""
+        """Why the implementation of that name can't take these arguments, or `auto` leaves it out; None when it can."""
         if name not in self.implementations:
             return f"{self.name} has no such implementation (it has {', '.join(self.implementations)})"
-        return self.implementations[name].supports(*args)
+        implementation = self.implementations[name]
+        reason = implementation.supports(*args)
+        return implementation.worth(*args) if reason is None and _selected == "auto" else reason
 
 
 OPERATIONS: dict[str, Operation] = {}

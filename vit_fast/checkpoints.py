@@ -168,11 +168,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is not a safetensors file, or it is damaged ({error})") from None
 
 
-def save(model: nn.Module, path: str | os.PathLike) -> Path:
+def save(model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> Path:
     """Write the model's state dict to a ``.safetensors`` file; `load` gives back the same bits. Returns the path.
 
-    The file's metadata says ``config`` (the name in CONFIGS, if it is one of them), ``num_classes``, ``image_size`` and
-    ``grid`` (height x width). It is written beside the target and then renamed: a crash leaves an old file whole.
+    The file's metadata says ``config`` (the name in CONFIGS, if it is one of them), ``num_heads``, ``num_classes``,
+    ``image_size`` and ``grid`` (height x width), and what ``metadata`` adds to them. It is written beside the target and then
+    renamed: a crash leaves an old file whole.
 
     :raises ValueError: another file name. OSError: a path that can't be written. ImportError: safetensors is not installed.
     """
@@ -192,7 +193,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> Path:
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the umask makes of a new file; safetensors writes files for the owner alone
-        safetensors.torch.save_file(tensors, temporary, metadata=_describe(model))
+        safetensors.torch.save_file(tensors, temporary, metadata={**_describe(model), **(metadata or {})})
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -211,6 +212,9 @@ def _describe(model: nn.Module) -> dict[str, str]:
         description["config"] = name
     if (num_classes := getattr(model, "num_classes", None)) is not None:
         description["num_classes"] = str(num_classes)
+    layers = getattr(getattr(getattr(model, "transformer", None), "encoder", None), "layer", ())
+    if len(layers):  # what no tensor's shape tells
+        description["num_heads"] = str(layers[0].attn.num_attention_heads)
     embeddings = getattr(getattr(model, "transformer", None), "embeddings", None)
     for key, attribute in (("image_size", "img_size"), ("grid", "grid")):
         if (size := getattr(embeddings, attribute, None)) is not None:

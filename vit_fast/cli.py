@@ -13,8 +13,11 @@ import math
 import os
 import sys
 
+from vit_fast.benchmarks import command as bench
+from vit_fast.benchmarks import tune
 from vit_fast.configs import CONFIGS
 from vit_fast.terminal import CommandError, bar, needs, note, one_line, progress, styled
+from vit_fast.train.command import add_train_command
 
 _DESCRIPTION = """\
 Fast Vision Transformers: see what runs here, check that it is right, and use it.
@@ -32,6 +35,12 @@ commands, each with an example:
                     vit-fast classify cat.jpg --weights ViT-B_16.npz --labels labels.txt
   attention-map   where the model looks, as an overlay on the picture
                     vit-fast attention-map cat.jpg -o map.png --weights ViT-B_16.npz --rollout
+  bench           what is faster than what on this machine, and how far from its limits
+                    vit-fast bench --minutes 5 --html bench.html
+  tune            times each operation's implementations here, for `auto` to take the fastest
+                    vit-fast tune --models B
+  train           on pictures in folders, arrays, or digits; stopped at any moment, it goes on
+                    vit-fast train photos -o run --weights ViT-B_16.npz --flip
 
 `vit-fast COMMAND --help` explains one of them.
 """
@@ -244,6 +253,10 @@ def _parser() -> _Parser:
     sub.add_argument("--head", type=_head, metavar="mean|N", help="default: mean, of all heads")
     sub.add_argument("--rollout", action="store_true", help="through all layers and heads")
     normalisation(sub)
+
+    add_train_command(command, _model_name, _image_size, _channels, _deviations)
+    bench.add_options(command("bench", bench.run, "[options]", bench.DESCRIPTION, bench.EXAMPLES))
+    tune.add_options(command("tune", tune.run, "[options]", tune.DESCRIPTION, tune.EXAMPLES))
     return parser
 
 

@@ -38,9 +38,10 @@ class Config(dict):
         return Config(copy.deepcopy(dict(self), memo))
 
 
-def _vit(patch: int, hidden_size: int, mlp_dim: int, num_heads: int, num_layers: int) -> Config:
+def sized(patch: tuple[int, int], hidden_size: int, mlp_dim: int, num_heads: int, num_layers: int) -> Config:
+    """The configuration of a plain ViT of these sizes."""
     return Config(
-        patches=Config(size=(patch, patch)),
+        patches=Config(size=tuple(patch)),
         hidden_size=hidden_size,
         transformer=Config(
             mlp_dim=mlp_dim,
@@ -52,6 +53,10 @@ def _vit(patch: int, hidden_size: int, mlp_dim: int, num_heads: int, num_layers:
         classifier="token",
         representation_size=None,
     )
+
+
+def _vit(patch: int, *sizes: int) -> Config:
+    return sized((patch, patch), *sizes)
 
 
 def _r50_b16() -> Config:

@@ -1,4 +1,6 @@
-"""``vit-fast demo``: is the fast path right, how fast is it here, and what does the model look at; on photographs."""
+"""``vit-fast demo``: a trained model reads digits; then, on photographs: is the fast path right, how fast is it here, and what
+does the model look at.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +33,12 @@ def run(arguments) -> int:
     if output == OUTPUT:
         _make_folder(output.parent)
     output = checked_output(str(output))
+    if not arguments.images and not arguments.weights:  # whoever names either wants to see that alone
+        from vit_fast import digits
+
+        _heading("Digits: the trained model that ships, on 1,000 that it has not seen")
+        digits.show(output.with_name("digits.png"))
+        _heading("Photographs")
     loaded = load(arguments.model, arguments.weights, arguments.img_size, device=arguments.device, dtype=arguments.dtype)
     device = next(loaded.model.parameters()).device
     images = as_images(pictures, loaded.size).to(device, DTYPES[arguments.dtype])

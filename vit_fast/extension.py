@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-from vit_fast import backends
-
 PATHS = {device: Path(__file__).with_name(f"libvit_fast_{device}.so") for device in ("cpu", "cuda")}
 
 
@@ -55,7 +53,7 @@ def refuses(first: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     """Why the extension can't take these tensors, as far as device and dtype go; None when it can."""
     if torch._C._are_functorch_transforms_active():
         return "inside torch.func transforms only stock operations can run"
-    reason = missing(first.device.type) or _auto_refuses(first.device)
+    reason = missing(first.device.type)
     if reason is not None:
         return reason
     for tensor in (first, *others):
@@ -72,10 +70,9 @@ def refuses_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"on {device.type} it takes {names}, got {str(dtype).removeprefix('torch.')}"
 
 
-def _auto_refuses(device: torch.device) -> str | None:
-    if backends.selected() != "auto":
-        return None
-    if device.type != "cpu":
+def not_worth(first: torch.Tensor, *others) -> str | None:
+    """Why `auto` leaves the extension out where nothing was measured; None where it takes it. By the first argument."""
+    if first.device.type != "cpu":
         return "under 'auto' it serves CPUs only: nobody has timed it on a GPU"
     if torch.compiler.is_compiling():
         return "under 'auto' torch.compile gets stock operations, which it can fuse"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 from importlib import metadata
 
 import torch
 
 import vit_fast
-from vit_fast import backends, extension
+from vit_fast import backends, extension, tuning
 from vit_fast.inputs import devices
 from vit_fast.ops.checks import dtype_name
 from vit_fast.terminal import styled, table
@@ -46,6 +47,14 @@ def choices(device: str, dtype: torch.dtype) -> dict[str, str]:
         except RuntimeError:  # the reason is among `refusals`
             taken[op] = "none"
     return taken
+
+
+def measured(device: str, dtype: torch.dtype) -> set[str]:
+    """The operations whose choice for those arguments was measured, on this machine or on one like it."""
+    if backends.selected() != "auto":
+        return set()
+    arguments = typical_arguments(device, dtype)
+    return {op for op in arguments if tuning.choice(op, arguments[op]) == backends.OPERATIONS[op].choose(*arguments[op])}
 
 
 def refusals(device: str, dtype: torch.dtype) -> list[str]:
@@ -99,6 +108,19 @@ def _device_lines() -> list[tuple[str, str]]:
     return lines
 
 
+def _choice_lines() -> list[tuple[str, str]]:
+    """Where `auto` has its choices from, for each device."""
+    lines = []
+    for device in devices():
+        table = tuning.load(device)
+        timed = len(table.choices) + len(table.launches)
+        what = f"{table.source}: {timed} timed" if timed else "the operations' order: nobody measured (vit-fast tune does)"
+        lines.append((device, what))
+    folder = tuning.folder()
+    lines.append(("kept in", str(folder) if folder else "nowhere: VIT_FAST_TUNING is off"))
+    return lines + [("not used", notice) for notice in tuning.notices]
+
+
 def _extension_lines() -> list[tuple[str, str]]:
     lines = []
     for device in extension.PATHS:
@@ -122,10 +144,15 @@ def show() -> int:
     _section("Extension", _extension_lines())
 
     cases = [(d, t) for d in devices() for t in (torch.float32, torch.bfloat16)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with a table stands among the lines
+        _section("Where choices come from", _choice_lines())
     taken = [choices(*case) for case in cases]
+    timed = [measured(*case) for case in cases]
     print("\n" + styled("What each operation takes", "bold") + " for an image through ViT-B/16")
     headers = ("", *(f"{device} {dtype_name(dtype)}" for device, dtype in cases))
-    print(table(headers, [(op, *(t[op] for t in taken)) for op in taken[0]]))
+    cells = [(op, *(t[op] + (", measured" if op in m else "") for t, m in zip(taken, timed, strict=True))) for op in taken[0]]
+    print(table(headers, cells))
     print("\n" + styled("Why not the others", "bold"))
     told: dict[str, list[str]] = {}
     for case, header in zip(cases, headers[1:], strict=True):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vit_fast import checkpoints
-from vit_fast.configs import CONFIGS, name_of
+from vit_fast.configs import CONFIGS, name_of, sized
 from vit_fast.modeling import VisionTransformer
 from vit_fast.terminal import CommandError, needs, note, one_line, progress
 
@@ -93,24 +93,33 @@ def load(
     the number of classes from its head. Without a file: ViT-B_16, 224 pixels, 1000 classes.
     """
     device = device_for(device)
-    num_classes = 1000
-    if weights is not None:
-        found_name, found_size, found_classes = _recognise(weights, name)
-        if need_head and found_classes is None:
-            raise CommandError(f"{weights} has no head, so it knows no classes: use a file with head.weight and head.bias")
-        name, img_size, num_classes = name or found_name, img_size or found_size, found_classes or num_classes
-    name, img_size = name or "ViT-B_16", img_size or (224, 224)
+    name = name or (None if weights else "ViT-B_16")
+    found = recognise(weights, name) if weights is not None else Recognised(name, CONFIGS[name], None, None)
+    if need_head and found.classes is None:
+        raise CommandError(f"{weights} has no head, so it knows no classes: use a file with head.weight and head.bias")
+    name, img_size = found.name, img_size or found.size or (224, 224)
     with progress(f"building {name}"):
-        model = _random(name, img_size, num_classes)
+        model = random_model(found, img_size, found.classes or 1000)
         if weights is not None:
-            _load(model, weights, "strict" if found_classes else "drop")
+            load_into(model, weights, "strict" if found.classes else "drop")
         # Gradients are never asked for. Half precision is for the weights too: that is what the kernels are made for.
         model = model.eval().requires_grad_(False).to(device=device, dtype=DTYPES[dtype])
     return Loaded(model, name, f"weights of {weights}" if weights else f"random weights (seed {SEED})")
 
 
-def _random(name: str, size: tuple[int, int], num_classes: int) -> VisionTransformer:
-    config = CONFIGS[name]
+@dataclass(frozen=True)
+class Recognised:
+    """What is to be built: by what name, of what sizes, and as far as a file of weights tells, for what images and classes."""
+
+    name: str  # of its entry in CONFIGS, or a description
+    config: Mapping
+    size: tuple[int, int] | None  # height and width of the images
+    classes: int | None  # None without a head
+
+
+def random_model(found: Recognised, size: tuple[int, int], num_classes: int, seed: int = SEED) -> VisionTransformer:
+    """The model with random weights, on the CPU. CommandError for an image size that its patches don't divide."""
+    name, config = found.name, found.config
     patch = 16 if config.patches.get("grid") else config.patches["size"][0]  # the hybrid's backbone divides by 16
     for pixels in size:
         if pixels % patch or pixels < patch:
@@ -120,7 +129,7 @@ def _random(name: str, size: tuple[int, int], num_classes: int) -> VisionTransfo
                 f" try {' or '.join(map(str, near))}"
             )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         try:
             model = VisionTransformer(config, img_size=size, num_classes=num_classes)
         except ValueError as error:
@@ -132,7 +141,8 @@ def _random(name: str, size: tuple[int, int], num_classes: int) -> VisionTransfo
     return model
 
 
-def _load(model: VisionTransformer, path: str, head: str) -> None:
+def load_into(model: VisionTransformer, path: str, head: str) -> None:
+    """`vit_fast.checkpoints.load`, with whatever it says as a line for users."""
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
         try:
@@ -143,8 +153,8 @@ def _load(model: VisionTransformer, path: str, head: str) -> None:
         note(one_line(str(remark.message)))
 
 
-def _recognise(path: str, name: str | None) -> tuple[str, tuple[int, int] | None, int | None]:
-    """The model's name, image size and number of classes (None without a head) that the tensors in a file tell."""
+def recognise(path: str, name: str | None = None) -> Recognised:
+    """What the tensors in a file tell; a model that is not in CONFIGS is known by what `vit_fast.checkpoints.save` noted."""
     try:
         with progress(f"reading {Path(path).name}"):
             if path.endswith(".npz"):
@@ -165,24 +175,36 @@ def _recognise(path: str, name: str | None) -> tuple[str, tuple[int, int] | None
     layers = len({key.split(".")[3] for key in shapes if key.startswith("transformer.encoder.layer.")})
     hybrid = any(key.startswith(embeddings + "hybrid_model.") for key in shapes)
     patch = (16, 16) if hybrid else kernel[2:]
-    name = name or name_of(fc1[1], fc1[0], layers, None if hybrid else patch)
+    metadata = _metadata(path)
+    match = re.fullmatch(r"(\d+)x(\d+)", metadata.get("image_size", ""))
+    size = (int(match[1]), int(match[2])) if match else _square(table[1] - 1, patch)
+    head = shapes.get("head.weight", ())
+    classes = head[0] if len(head) == 2 else None
+    heads = metadata.get("num_heads", "")
+    heads = int(heads) if heads.isdecimal() and int(heads) and fc1[1] % int(heads) == 0 else None
+    name = name or name_of(fc1[1], fc1[0], layers, None if hybrid else patch, heads)
+    if name is None and heads and not hybrid:
+        config = sized(patch, fc1[1], fc1[0], heads, layers)
+        return Recognised(f"ViT of {layers} layers, {fc1[1]} channels", config, size, classes)
     if name is None:
         raise CommandError(
             f"{path}: no model here has {layers} layers, {fc1[1]} channels, {fc1[0]} in the MLP and"
             f" patches of {patch[0]}x{patch[1]}; there are {', '.join(CONFIGS)}"
         )
-    head = shapes.get("head.weight", ())
-    return name, _image_size(path, table[1] - 1, patch), head[0] if len(head) == 2 else None
+    return Recognised(name, CONFIGS[name], size, classes)
 
 
-def _image_size(path: str, patches: int, patch: tuple[int, int]) -> tuple[int, int] | None:
-    if path.endswith(".safetensors"):
-        import safetensors
+def _metadata(path: str) -> dict[str, str]:
+    if not path.endswith(".safetensors"):
+        return {}
+    import safetensors
 
-        with safetensors.safe_open(path, framework="pt") as file:
-            match = re.fullmatch(r"(\d+)x(\d+)", (file.metadata() or {}).get("image_size", ""))
-        if match:
-            return int(match[1]), int(match[2])
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _square(patches: int, patch: tuple[int, int]) -> tuple[int, int] | None:
+    """The image size of a square grid of that many patches."""
     side = math.isqrt(max(patches, 0))
     return (side * patch[0], side * patch[1]) if side * side == patches and side else None
 

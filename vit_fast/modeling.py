@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
+from torch.utils.checkpoint import checkpoint
 
 from vit_fast import backends, ops
 from vit_fast.configs import CONFIGS
@@ -310,10 +311,14 @@ class Block(nn.Module):
     LayerNorm comes before each half (pre-norm), and each half only adds to x: the residual stream runs through all blocks
     untouched, which is what lets deep stacks train. In: [B,N,D]. Out: (x [B,N,D], attention weights or None). [ViT] eq. 2-3,
     figure 1.
+
+    Not in the original: ``stochastic_depth_rate``, the probability with which, in training, a half is left out for an image
+    (Huang et al., Deep Networks with Stochastic Depth, 2016). `Encoder` sets it where the configuration asks for it.
     """
 
     def __init__(self, config, vis: bool):
         super().__init__()
+        self.stochastic_depth_rate = 0.0
         self.hidden_size = config.hidden_size
         self.attention_norm = LayerNorm(config.hidden_size, eps=1e-6)
         self.ffn_norm = LayerNorm(config.hidden_size, eps=1e-6)
@@ -321,6 +326,10 @@ class Block(nn.Module):
         self.attn = Attention(config, vis)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.training and self.stochastic_depth_rate > 0.0:
+            h, weights = self.attn(self.attention_norm(x))
+            x = self._sometimes(x, h)
+            return self._sometimes(x, self.ffn(self.ffn_norm(x))), weights
         # Each half adds the residual itself, in the epilogue of its last product, unless somebody watches what comes out of it.
         if _untouched(self.attn):
             x, weights = self.attn(self.attention_norm(x), residual=x)
@@ -334,6 +343,12 @@ class Block(nn.Module):
             x = self.ffn(self.ffn_norm(x)) + x
         return x, weights
 
+    def _sometimes(self, x: Tensor, half: Tensor) -> Tensor:
+        """x + half, for each image with probability 1 - rate, and scaled so that the mean is that of always adding it."""
+        kept = 1.0 - self.stochastic_depth_rate
+        scale = half.new_empty((half.shape[0], 1, 1)).bernoulli_(kept).div_(max(kept, 1e-12))
+        return torch.addcmul(x, half.to(x.dtype), scale.to(x.dtype))
+
     def load_from(self, weights, n_block) -> None:
         """Copy block ``n_block`` of Google's arrays (a mapping such as ``np.load`` gives) into this one."""
         from vit_fast.checkpoints import load_block
@@ -345,18 +360,31 @@ class Encoder(nn.Module):
     """The blocks one after another, then a last LayerNorm, since pre-norm blocks leave the stream itself unnormalised.
 
     In: [B,N,D]. Out: (encoded [B,N,D], list of one [B,h,N,N] a layer if ``vis`` else []). [ViT] eq. 2-4.
+
+    Two things for training that the original lacks, both off by default. A ``stochastic_depth_rate`` among the configuration's
+    transformer fields is the last block's; the others' grow to it in even steps from the first one's 0. With the attribute
+    ``gradient_checkpointing`` set, the backward pass computes each block again instead of keeping what is in it.
     """
 
     def __init__(self, config, vis: bool):
         super().__init__()
         self.vis = vis
+        self.gradient_checkpointing = False
         self.layer = nn.ModuleList(Block(config, vis) for _ in range(config.transformer["num_layers"]))
         self.encoder_norm = LayerNorm(config.hidden_size, eps=1e-6)
+        rate = config.transformer.get("stochastic_depth_rate", 0.0)
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"Encoder: stochastic_depth_rate must be in [0, 1], got {rate}")
+        for i, block in enumerate(self.layer):
+            block.stochastic_depth_rate = rate * i / max(1, len(self.layer) - 1)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, list[Tensor]]:
         attn_weights = []
         for block in self.layer:
-            hidden_states, weights = block(hidden_states)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states, weights = checkpoint(block, hidden_states, use_reentrant=False)
+            else:
+                hidden_states, weights = block(hidden_states)
             if self.vis:
                 attn_weights.append(weights)
         return self.encoder_norm(hidden_states), attn_weights

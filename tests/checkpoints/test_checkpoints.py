@@ -438,7 +438,8 @@ def test_metadata_and_grid(tmp_path):
     path = save(source, tmp_path / "model.safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata == {"format": "pt", "library": "vit_fast", "num_classes": "5", "image_size": "8x32", "grid": "2x8"}
+    sizes = {"num_classes": "5", "num_heads": "3", "image_size": "8x32", "grid": "2x8"}
+    assert metadata == {"format": "pt", "library": "vit_fast", **sizes}
     # The file knows that its 16 patches are 2×8, not 4×4.
     model = load(build(img_size=16), path)
     expected = resize_position_embeddings(source.transformer.embeddings.position_embeddings, (2, 8), (4, 4))

@@ -22,7 +22,7 @@ from vit_fast.ops.checks import dtype_name
 
 # ---- Help, versions, the entry point --------------------------------------------------------------------------------
 
-COMMANDS = ("info", "demo", "verify", "classify", "attention-map")
+COMMANDS = ("info", "demo", "verify", "classify", "attention-map", "train")
 
 
 def test_help_names_every_command_with_an_example(capsys):
@@ -525,6 +525,7 @@ def test_demo(run, tmp_path, monkeypatch):
     code, out, err = run(*DEMO)
     written = tmp_path / "demo-output" / "attention-map.png"
     assert code == 0 and err == "" and f"written: {written}" in out and "\x1b" not in out
+    assert "of 1000 right" in out and written.with_name("digits.png").is_file()
     assert "4, from scikit-image" in out and "random weights" in out and "Untrained attention is close to even" in out
     assert "All 14 are within the budget" in out
     for batch in (1, 3):

@@ -57,6 +57,11 @@ class OneDnn(Dense):
     name = "onednn"
     _ACTIVATIONS = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
+    @staticmethod
+    def serves(dtype: torch.dtype) -> bool:
+        fits = dtype == torch.float32 or dtype == torch.bfloat16 and _multiplies_bfloat16()
+        return fits and torch.backends.mkldnn.is_available()
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.dtype = weight.dtype
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), bias)
@@ -122,7 +127,7 @@ def best_for(device: torch.device, dtype: torch.dtype) -> type[Dense]:
     """
     if device.type != "cpu":
         return Dense
-    if torch.backends.mkldnn.is_available() and (dtype == torch.float32 or dtype == torch.bfloat16 and _multiplies_bfloat16()):
+    if OneDnn.serves(dtype):
         return OneDnn
     if dtype in extension.DTYPES["cpu"] and extension.missing("cpu") is None:
         return Packed

@@ -188,7 +188,7 @@ _attention = Operation(
         "reference": Implementation(attention_reference, backends.anything),
         "torch": Implementation(attention_torch, backends.anything),
         "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
-        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports),
+        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports, extension.not_worth),
     },
     order=("triton", "cpp", "torch"),
 )

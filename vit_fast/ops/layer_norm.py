@@ -142,7 +142,7 @@ _layer_norm = Operation(
         # F.layer_norm is one fused kernel on every device already: the stock composition is the reference.
         "torch": Implementation(layer_norm_reference, backends.anything),
         "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
-        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports),
+        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports, extension.not_worth),
     },
     order=("triton", "cpp", "torch"),
 )

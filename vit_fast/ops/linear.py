@@ -8,18 +8,21 @@ r"""A linear layer with its epilogue, and the two of them that make ViT's MLP.
 act is nothing, GELU with the exact error function, x·Φ(x) (Hendrycks & Gimpel 2016), or its tanh approximation by name.
 The kernels are for the epilogues: a product with an activation or a residual is theirs, and so is the one that gives the hidden
 gradient of the MLP, with the activation's derivative behind it. A product without either is the stock one, cuBLAS, under
-``triton`` too: the layer without activation and residual, and in every backward pass dx = dz W and dW = dzᵀ x.
+``triton`` too: the layer without activation and residual, and in every backward pass dx = dz W and dW = dzᵀ x. On a CPU the
+extension multiplies too, where it is faster than BLAS.
 Source of the MLP: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), eq. 3 and section 3.1.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vit_fast import backends, extension
+from vit_fast import backends, extension, tuning
 from vit_fast.backends import Implementation, Operation
 from vit_fast.ops.checks import check_shape, check_tensors, dtype_name, refuses_rows
 
@@ -175,8 +178,8 @@ class _Linear(torch.autograd.Function):
         else:
             dz = dy.to(ctx.dtype)  # from the wider residual's, under autocast
             dbias = _rows(dz).sum(0) if for_bias else None
-        dx = dz @ weight if for_x else None
-        dweight = _rows(dz).t() @ _rows(x) if for_weight else None
+        dx = _product(ctx.kernels, dz, weight.t()) if for_x else None
+        dweight = _product(ctx.kernels, _rows(dz).t(), _rows(x).t()) if for_weight else None
         return dx, dweight, dbias if for_bias else None, None, dy if for_residual else None, None
 
 
@@ -211,17 +214,47 @@ class _Mlp(torch.autograd.Function):
         dout = dy.to(ctx.dtype).contiguous()
         dz = dbias1 = None
         if z is not None:
-            dz, dbias1 = ctx.kernels.linear_dgelu_bwd(dout, fc2_weight, z, ctx.activation)
+            dz, dbias1 = _hidden_gradient(ctx.kernels, dout, fc2_weight, z, ctx.activation)
         return (
-            dz @ fc1_weight if for_x else None,
-            _rows(dz).t() @ _rows(x) if for_weight1 else None,
+            _product(ctx.kernels, dz, fc1_weight.t()) if for_x else None,
+            _product(ctx.kernels, _rows(dz).t(), _rows(x).t()) if for_weight1 else None,
             dbias1 if for_bias1 else None,
-            _rows(dout).t() @ _rows(h) if for_weight2 else None,
+            _product(ctx.kernels, _rows(dout).t(), _rows(h).t()) if for_weight2 else None,
             _rows(dout).sum(0) if for_bias2 else None,
             None,
             dy if for_residual else None,
             None,
         )
+
+
+# ---- Bare products ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _blas_is_slow() -> bool:
+    """Whether the extension multiplies float32 faster than BLAS: for torch on x86 that is MKL, whose best code is for Intel's.
+
+    B/16's products on an AMD EPYC (Zen 5), 2 threads, torch 2.13, 2026-11-25, GFLOP/s by MKL and by the extension: 1,576 rows,
+    forward 211 to 226 and 343 to 470, dx 219 to 226 and 401 to 473, dW 210 to 216 and 246 to 387; 197 rows, forward 173 to 186
+    and 365 to 402, dx 163 to 197 and 334 to 355, dW 115 to 182 and 346 to 380. On a Xeon they are as fast as each other.
+    """
+    return torch.backends.mkl.is_available() and tuning.cpu_vendor() == "AuthenticAMD"
+
+
+def _multiplies(kernels, x: Tensor) -> bool:
+    """Whether the kernels are for a bare product of x, which elsewhere is the stock one."""
+    ours = kernels is torch.ops.vit_fast_cpp and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    return ours and not torch.compiler.is_compiling() and _blas_is_slow()
+
+
+def _product(kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b + r, outside autograd; the weight contiguous along either axis."""
+    if _multiplies(kernels, x):
+        return kernels.linear_fwd(x.contiguous(), weight, bias, None, residual, False)[0]
+    y = F.linear(x, weight, bias)
+    if residual is None:
+        return y
+    return y.add_(residual) if residual.dtype == y.dtype else y + residual
 
 
 def _forward(kernels, x, weight, bias, activation, residual, keep=False):
@@ -232,15 +265,21 @@ def _forward(kernels, x, weight, bias, activation, residual, keep=False):
     """
     deep = weight.shape[1] >= 2 * weight.shape[0] and x.dtype == torch.float32
     if x.device.type == "cpu" and kernels is torch.ops.vit_fast_cpp and deep and activation is None:
-        y = F.linear(x, weight, bias)
-        return (y if residual is None else y.add_(residual) if residual.dtype == y.dtype else y + residual), None
+        return _product(kernels, x, weight, bias, residual), None
     return kernels.linear_fwd(x, weight, bias, activation, residual, keep)
 
 
 def _second_layer(h, weight, bias, residual, kernels):
     if residual is None:
-        return F.linear(h, weight, bias)
+        return _product(kernels, h, weight, bias)
     return _forward(kernels, h, weight, bias, None, residual)[0]
+
+
+def _hidden_gradient(kernels, dout, fc2_weight, z, activation):
+    """(dout W₂ act'(z), its sum over the rows)."""
+    if _multiplies(kernels, dout):
+        return kernels.gelu_bwd(_product(kernels, dout, fc2_weight.t()), z, activation)
+    return kernels.linear_dgelu_bwd(dout, fc2_weight, z, activation)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -295,10 +334,10 @@ def _refuses_layer(weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-def _auto_refuses(x: Tensor) -> str | None:
+def _triton_not_worth(x: Tensor, *others) -> str | None:
     """No tensor core multiplies IEEE float32: the product is then most of the time, and the stock one is the best there is."""
     # The public torch.backends.cuda.matmul.allow_tf32 is this, in a form that torch.compile can't trace.
-    if backends.selected() == "auto" and _product_dtype(x) == torch.float32 and not torch._C._get_cublas_allow_tf32():
+    if _product_dtype(x) == torch.float32 and not torch._C._get_cublas_allow_tf32():
         return "under 'auto' it takes float32 only with torch.backends.cuda.matmul.allow_tf32"
     return None
 
@@ -307,7 +346,7 @@ def _linear_triton_supports(x, weight, bias, activation, residual):
     refused = backends.triton_refuses(x, weight, bias, residual)
     if refused is not None or (activation is None and residual is None):
         return refused
-    return refuses_rows("x", x) or refuses_rows("residual", residual) or _refuses_layer(weight, bias) or _auto_refuses(x)
+    return refuses_rows("x", x) or refuses_rows("residual", residual) or _refuses_layer(weight, bias)
 
 
 def _mlp_triton_supports(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual):
@@ -317,7 +356,6 @@ def _mlp_triton_supports(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activati
         or refuses_rows("residual", residual)
         or _refuses_layer(fc1_weight, fc1_bias)
         or _refuses_layer(fc2_weight, fc2_bias)
-        or _auto_refuses(x)
     )
 
 
@@ -338,13 +376,18 @@ def _cpp_refuses_product(x, *weights):
     dtype = _product_dtype(x)
     if dtype not in extension.DTYPES["cpu"]:
         return f"on a CPU it multiplies in float32 and bfloat16, not in {dtype_name(dtype)}"
-    if backends.selected() == "auto" and x.numel() < _FEWEST_ROWS * x.shape[-1]:
-        return f"under 'auto' it takes at least {_FEWEST_ROWS} rows"
     return None
 
 
 # A tile computes 16 or more of them at once; below that BLAS has better to offer.
 _FEWEST_ROWS = 32
+
+
+def _cpp_not_worth(x: Tensor, *others) -> str | None:
+    reason = extension.not_worth(x)
+    if reason is None and x.numel() < _FEWEST_ROWS * x.shape[-1]:
+        return f"under 'auto' it takes at least {_FEWEST_ROWS} rows"
+    return reason
 
 
 def _linear_cpp_supports(x, weight, bias, activation, residual):
@@ -373,8 +416,10 @@ _linear = Operation(
     {
         "reference": Implementation(linear_reference, backends.anything),
         "torch": Implementation(linear_torch, backends.anything),
-        "triton": Implementation(_linear_with_kernels(torch.ops.vit_fast), _linear_triton_supports),
-        "cpp": Implementation(_linear_with_kernels(torch.ops.vit_fast_cpp, products_on="cpu"), _linear_cpp_supports),
+        "triton": Implementation(_linear_with_kernels(torch.ops.vit_fast), _linear_triton_supports, _triton_not_worth),
+        "cpp": Implementation(
+            _linear_with_kernels(torch.ops.vit_fast_cpp, products_on="cpu"), _linear_cpp_supports, _cpp_not_worth
+        ),
     },
     order=("triton", "cpp", "torch"),
 )
@@ -384,8 +429,8 @@ _mlp = Operation(
     {
         "reference": Implementation(mlp_reference, backends.anything),
         "torch": Implementation(mlp_torch, backends.anything),
-        "triton": Implementation(_mlp_with_kernels(torch.ops.vit_fast), _mlp_triton_supports),
-        "cpp": Implementation(_mlp_with_kernels(torch.ops.vit_fast_cpp), _mlp_cpp_supports),
+        "triton": Implementation(_mlp_with_kernels(torch.ops.vit_fast), _mlp_triton_supports, _triton_not_worth),
+        "cpp": Implementation(_mlp_with_kernels(torch.ops.vit_fast_cpp), _mlp_cpp_supports, _cpp_not_worth),
     },
     order=("triton", "cpp", "torch"),
 )

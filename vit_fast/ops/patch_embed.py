@@ -176,7 +176,7 @@ _patch_embed = Operation(
         "reference": Implementation(patch_embed_reference, backends.anything),
         "torch": Implementation(patch_embed_torch, backends.anything),
         "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
-        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports),
+        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports, extension.not_worth),
     },
     order=("triton", "cpp", "torch"),
 )

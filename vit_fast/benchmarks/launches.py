@@ -1,34 +1,24 @@
-#!/usr/bin/env python3
-"""Time other launch configurations of the kernels on this GPU, and propose those that win.
-
-    python bench/tune.py [--ops attention,mlp] [--models B,L] [--images 224] [--batches 128,1] [--dtypes bf16] [--json FILE]
+"""Other launch configurations of the Triton kernels, timed on this GPU.
 
 Every kernel file chooses its launches by pure functions, `*_config(...)`. For each call of one that a case makes, its result
 is replaced by its neighbours: other tile sizes, warps, stages. A neighbour must compile, keep the error budget and then be
-faster. What wins is printed with the function and the arguments it was chosen for, to be written into the kernel file's table
-and looked at in the compile report. Nothing is changed by this program. Exit code 2 without a CUDA device.
---smoke tries two neighbours of every choice at a tiny shape on the CPU, to try the program itself.
+faster. What wins is in force where `vit_fast.tuning` keeps it, and is worth writing into the kernel file's table, after a look
+at the compile report.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
-if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+import torch
 
-import cases  # noqa: E402
-import gpu  # noqa: E402
-import timing  # noqa: E402
-import torch  # noqa: E402
+from vit_fast.benchmarks import timing
+from vit_fast.benchmarks.cases import DTYPES, Case, Maker
+from vit_fast.benchmarks.operations import Exact, contenders, prepared
 
 # What is varied, by the names that the kernel files give it in dictionaries and named tuples.
 WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4)
@@ -132,31 +122,28 @@ def choices_of(functions: dict[str, Callable], call: Callable[[], object]) -> di
 # ---- One case -------------------------------------------------------------------------------------------------------
 
 
-def tune_case(case: cases.Case, dtype: str, device: torch.device, most: int | None) -> list[dict]:
-    """The proposals for one case, as rows."""
-    torch_dtype = cases.DTYPES[dtype]
-    arguments = [case.arguments(cases.Maker(device, torch_dtype, seed=0))]
-    run = gpu.contenders(case, arguments[0]).get("triton", "there is no Triton implementation")
+def tune_case(
+    case: Case, dtype: str, device: torch.device, most: int | None = None, say: Callable[[str], None] = print
+) -> list[dict]:
+    """What was tried for one case: a row for each choice of a launch that it asks for, ``config`` being what `tuned` takes.
+
+    :param most: neighbours of each choice at most.
+    """
+    arguments = [case.arguments(Maker(device, DTYPES[dtype], seed=0))]
     label = f"{case.name} {case.shape.label} {dtype}"
+    run = contenders(case, arguments[0], ("triton",)).get("triton", "there is no Triton implementation")
     if isinstance(run, str):
-        print(f"{label}: {run}")
+        say(f"{label}: {run}")
         return []
-    exact = gpu.Exact(case, arguments[0])
-    needed = case.work("backward", torch_dtype.itemsize).bytes
-    arguments += [case.arguments(cases.Maker(device, torch_dtype, s)) for s in range(1, timing.copies_for(needed, device))]
-
-    def forward():
-        return [lambda a=a: gpu._without_gradients(run, a) for a in arguments]
-
-    def backward():
-        outputs = [gpu.tensors(run(*a)) for a in arguments]
-        return [
-            lambda o=o, a=a: torch.autograd.grad(o, gpu.leaves(a), exact.cotangents, retain_graph=True)
-            for o, a in zip(outputs, arguments, strict=True)
-        ]
-
+    exact = Exact(case, arguments[0])
+    needed = case.work("backward", DTYPES[dtype].itemsize).bytes
+    arguments += [case.arguments(Maker(device, DTYPES[dtype], s)) for s in range(1, timing.copies_for(needed, device))]
     rows = []
-    for direction, prepare in (("forward", forward), ("backward", backward)):
+    for direction in ("forward", "backward"):
+
+        def prepare(direction=direction):
+            return prepared(direction, run, arguments, exact.cotangents)
+
         calls = prepare()
         calls[0]()
         functions = config_functions()
@@ -165,18 +152,20 @@ def tune_case(case: cases.Case, dtype: str, device: torch.device, most: int | No
             row |= {"op": case.op, "variant": case.variant, "shape": case.shape.label, "dtype": dtype, "direction": direction}
             rows.append(row)
             shown = ", ".join(str(getattr(a, "arch", a)) for a in asked_with)
-            print(f"{label} {direction}: {name}({shown})")
-            print(f"    default  {row['default_ms']:.4f} ms  {config}")
-            gain = "" if row["best"] is None else f"  ({row['best_ms'] / row['default_ms']:.2f} of the default)"
-            print(f"    proposed {row['best_ms']:.4f} ms  {row['best']}{gain}" if row["best"] else "    nothing is faster")
-            print(f"    {row['tried']} tried, {row['refused']} did not run, {row['wrong']} broke the error budget", flush=True)
+            say(f"{label} {direction}: {name}({shown})")
+            say(f"    default  {row['default_ms']:.4f} ms  {config}")
+            gain = "" if row["config"] is None else f"  ({row['best_ms'] / row['default_ms']:.2f} of the default)"
+            say(f"    proposed {row['best_ms']:.4f} ms  {row['config']}{gain}" if row["config"] else "    nothing is faster")
+            say(f"    {row['tried']} tried, {row['refused']} did not run, {row['wrong']} broke the error budget")
     return rows
 
 
 def _tune_choice(name, function, asked_with, config, prepare, exact, run, arguments, device, most) -> dict:
+    from vit_fast.kernels.common import launch_arguments
+
     default = timing.own_time(prepare, device, 30.0).ms
-    row = {"function": name, "default": str(config), "default_ms": default, "best": None, "best_ms": default}
-    row |= {"tried": 0, "refused": 0, "wrong": 0}
+    row = {"function": name, "arguments": list(launch_arguments(asked_with)), "default": str(config), "default_ms": default}
+    row |= {"config": None, "best_ms": default, "tried": 0, "refused": 0, "wrong": 0}
     for candidate in itertools.islice(neighbours(name, config), most):
         row["tried"] += 1
 
@@ -195,58 +184,17 @@ def _tune_choice(name, function, asked_with, config, prepare, exact, run, argume
         if broken:
             row["wrong"] += 1
         elif ms < WORTH * row["best_ms"]:
-            row["best"], row["best_ms"] = str(candidate), ms
+            row["config"], row["best_ms"] = _changed(config, candidate), ms
     return row
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
+def _changed(config, candidate) -> list | dict:
+    """What a file keeps of a candidate: of a dictionary what differs, else all of it."""
+    if isinstance(config, dict):
+        return {name: value for name, value in candidate.items() if value != config[name]}
+    return list(candidate)
 
 
-def _list(kind: Callable, allowed=None) -> Callable:
-    def parse(text: str) -> list:
-        chosen = []
-        for part in text.split(","):
-            try:
-                value = kind(part.strip())
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"{part!r} is not a number") from None
-            if allowed is not None and value not in allowed:
-                raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(map(str, allowed))}")
-            chosen.append(value)
-        return chosen
-
-    return parse
-
-
-def main(argv: list[str] | None = None) -> int:
-    p = gpu._Parser(prog="tune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ops", type=_list(str, cases.OPS), default=list(cases.OPS), help=f"of {', '.join(cases.OPS)}")
-    p.add_argument("--models", type=_list(str, cases.MODELS), default=["B"], help=f"of {', '.join(cases.MODELS)} (default: B)")
-    p.add_argument("--images", type=_list(int), default=[224], help="pixels a side (default: 224)")
-    p.add_argument("--batches", type=_list(int), default=[128, 1], help="(default: 128,1)")
-    p.add_argument("--dtypes", type=_list(str, cases.DTYPES), default=["bf16"], help="(default: bf16)")
-    p.add_argument("--json", metavar="FILE", help="write every row there too")
-    p.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU, to try this program")
-    args = p.parse_args(argv)
-    if not args.smoke and not torch.cuda.is_available():
-        print("tune.py: no CUDA device (--smoke tries the program on the CPU)", file=sys.stderr)
-        return 2
-    device = torch.device("cpu" if args.smoke else "cuda")
-    shapes = [cases.shape_of(m, i, b) for m in args.models for i in args.images for b in args.batches]
-    rows = []
-    for shape in [gpu.TINY] if args.smoke else shapes:
-        for op in args.ops:
-            for case in cases.cases_of(op, shape):
-                for dtype in ["fp32"] if args.smoke else args.dtypes:
-                    if case.hot:
-                        rows += tune_case(case, dtype, device, 2 if args.smoke else None)
-    proposals = [row for row in rows if row["best"]]
-    if args.json:
-        environment = gpu.environment_of(device, args.smoke)
-        Path(args.json).write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    print(f"{len(rows)} choices looked at, {len(proposals)} proposals{': smoke, they mean nothing' if args.smoke else ''}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def launches_of(rows: list[dict]) -> list[dict]:
+    """The rows that won, as `vit_fast.tuning` keeps them."""
+    return [{name: row[name] for name in ("function", "arguments", "config")} for row in rows if row["config"] is not None]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import roofline
 import torch
-from roofline import Work
+
+from vit_fast.benchmarks import roofline
+from vit_fast.benchmarks.roofline import Work
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 MODELS = {"Ti": "ViT-Ti_16", "S": "ViT-S_16", "B": "ViT-B_16", "L": "ViT-L_16", "H": "ViT-H_14", "g": "ViT-g_14"}

@@ -1,4 +1,4 @@
-"""The programs under bench/: the cost model against hand arithmetic, the compile report, and the GPU programs' smoke runs.
+"""The programs under bench/: the compile report, and the smoke run of the GPU's.
 
 Each program runs in a process of its own: they compile, where this process interprets.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hardware import GPU
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 
 
@@ -34,66 +34,6 @@ def bench(monkeypatch):
             del sys.modules[name]
 
 
-# ---- The cost model -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "model, image, gflop", [("S", 224, 9.20), ("B", 224, 35.13), ("L", 224, 123.1), ("H", 224, 334.6), ("B", 384, 111.0)]
-)
-def test_model_flops_are_those_counted_by_hand(bench, model, image, gflop):
-    import cases
-    import roofline
-
-    s = cases.shape_of(model, image, batch=1)
-    counted = roofline.model_flops(s.tokens, s.width, s.layers, s.hidden, s.patch) / 1e9
-    assert counted == pytest.approx(gflop, rel=1e-3)
-
-
-def test_tokens(bench):
-    import cases
-
-    assert [cases.shape_of(*of).tokens for of in (("B", 224), ("H", 224), ("B", 384))] == [197, 257, 577]
-
-
-@pytest.mark.parametrize(
-    "op, variant, direction, gflop, megabytes, floor_us",
-    [  # B/16, batch 128, 16 bit: U = 128·197·768·2 bytes = 38.7 MB; ceilings 798 TFLOP/s and 3.0 TB/s
-        ("layer_norm", "", "forward", 0, 77.5, 25.8),
-        ("layer_norm", "+residual", "backward", 0, 155, 51.6),
-        ("linear", "qkv", "forward", 89.2, 158, 111.8),
-        ("linear", "out+residual", "forward", 29.7, 117, 39.1),
-        ("linear", "fc1+gelu", "forward", 119, 198, 149.1),
-        ("linear", "fc2+residual", "forward", 119, 237, 149.1),
-        ("attention", "", "forward", 15.3, 155, 51.6),
-        ("attention", "", "backward", 38.1, 310, 103.3),
-        ("patch_embed", "uint8", "forward", 29.6, 59.5, 37.1),
-    ],
-)
-def test_work_and_floors_are_those_counted_by_hand(bench, op, variant, direction, gflop, megabytes, floor_us):
-    import cases
-    import roofline
-
-    work = cases.find(op, variant, cases.shape_of("B", 224, 128)).work(direction, 2)
-    assert work.flops / 1e9 == pytest.approx(gflop, rel=5e-3)
-    assert work.bytes / 1e6 == pytest.approx(megabytes, rel=5e-3)
-    assert roofline.CEILINGS[90].floor_us(work, "bf16") == pytest.approx(floor_us, rel=5e-3)
-
-
-def test_every_case_builds_what_its_operation_takes(bench):
-    import cases
-    import torch
-
-    from vit_fast.backends import OPERATIONS
-
-    shape = cases.Shape("tiny", image=32, batch=2, patch=16, width=32, hidden=64, heads=2, layers=1)
-    for op in cases.OPS:
-        for case in cases.cases_of(op, shape):
-            result = OPERATIONS[op].implementations["reference"].run(*case.arguments(cases.Maker("meta", torch.bfloat16)))
-            first = result if isinstance(result, torch.Tensor) else result[0]
-            assert first.shape[:2] == (2, 5), case.name
-            assert case.work("backward", 2).bytes > 0
-
-
 # ---- The compile report ---------------------------------------------------------------------------------------------
 
 KERNELS = """
@@ -102,7 +42,7 @@ sys.path.insert(0, {bench!r})
 import compile_report as report
 import compiling
 import torch, triton, triton.language as tl
-from roofline import Work
+from vit_fast.benchmarks.roofline import Work
 
 @triton.jit
 def _product_kernel(x_ptr, y_ptr, M: tl.constexpr, K: tl.constexpr):
@@ -185,7 +125,7 @@ def test_the_compile_report_refuses_wrong_values(bench, option, capsys):
     assert ended.value.code == 2 and told.count("\n") == 1 and option.split()[0] in told
 
 
-# ---- The GPU programs -----------------------------------------------------------------------------------------------
+# ---- The GPU's ------------------------------------------------------------------------------------------------------
 
 
 def test_gpu_smoke(tmp_path):
@@ -196,10 +136,12 @@ def test_gpu_smoke(tmp_path):
     assert data["failed"] == [] and data["environment"]["smoke"] and data["environment"]["torch"]
     rows = data["rows"]
     assert {row["op"] for row in rows} == {"attention", "linear", "mlp", "layer_norm", "patch_embed", "model"}
-    assert {"torch", "triton"} <= {row["implementation"] for row in rows if row["op"] == "layer_norm"}
+    assert {"torch", "triton"} <= {row["contender"] for row in rows if row["op"] == "layer_norm"}
+    assert {"freeze()", "plain", "plain torch"} <= {row["contender"] for row in rows if row["direction"] == "forward"}
+    assert {"plain", "plain torch"} == {row["contender"] for row in rows if row["direction"] == "training step"}
     for row in rows:
         assert row["ms"] > 0 and row["p20"] <= row["ms"] <= row["p80"]
-        assert row["op"] == "model" or (row["checked"] and row["floor_ms"] > 0)
+        assert row["checked"] and row["floor_ms"] > 0
     assert done.stdout.rstrip().endswith("failed: 0")
 
 
@@ -214,42 +156,46 @@ def test_gpu_fails_where_a_test_fails(tmp_path):
     assert (outcome["passed"], outcome["failed"]) == (1, 1) and "assert 1 == 2" in outcome["output"]
 
 
-@pytest.mark.parametrize("program", ["gpu.py", "tune.py"])
-def test_without_a_gpu_they_say_so(program, tmp_path):
-    done = run(BENCH / program, cwd=tmp_path, hide_gpu=True)
+def test_every_test_file_that_the_gpu_runs_exists(bench):
+    from gpu_tests import TESTS
+
+    assert [file for file in TESTS if not (ROOT / file).is_file()] == []
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = run(BENCH / "gpu.py", cwd=tmp_path, hide_gpu=True)
     assert done.returncode == 2 and "no CUDA device" in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
 
 
-def test_tune_smoke(tmp_path):
-    done = run(BENCH / "tune.py", "--smoke", "--ops", "layer_norm", "--json", "rows.json", cwd=tmp_path, hide_gpu=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+LAUNCHES = """
+import json
+import torch
+from vit_fast.benchmarks import cases, launches
+shape = cases.Shape(model="tiny", image=32, batch=2, patch=16, width=32, hidden=64, heads=2, layers=1)
+case = cases.find("layer_norm", "", shape)
+rows = launches.tune_case(case, "fp32", torch.device("cpu"), most=2, say=lambda text: None)
+print(json.dumps(rows))
+"""
+
+
+def test_other_launches_are_tried(tmp_path):
+    """In the interpreter, where their times mean nothing."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
     assert {row["direction"] for row in rows} == {"forward", "backward"}
-    assert all(row["tried"] == 2 and row["refused"] == 0 and row["wrong"] == 0 for row in rows)
-
-
-def test_what_lost_to_torch(bench):
-    import gpu
-
-    def row(implementation, ms, op="attention"):
-        labels = {"op": op, "variant": "", "direction": "forward", "shape": "B/16@224 b128", "dtype": "bf16"}
-        return labels | {"implementation": implementation, "ms": ms}
-
-    rows = [
-        row("torch", 1.2),
-        row("torch+cudnn", 1.0),
-        row("triton", 1.1),
-        row("torch", 1.0, "mlp"),
-        row("triton", 1.01, "mlp"),
-    ]
-    (told,) = gpu.lost(rows)
-    assert told.startswith("attention forward B/16@224 b128 bf16: triton") and "torch+cudnn" in told and "1.10 times" in told
+    assert {row["function"] for row in rows} == {"layer_norm.forward_config", "layer_norm.backward_config"}
+    for row in rows:
+        assert (row["tried"], row["refused"], row["wrong"]) == (2, 0, 0) and row["arguments"][:2] == [10, 32]
+        assert row["config"] is None or (isinstance(row["config"], list) and row["best_ms"] < row["default_ms"])
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: times are taken with device events and CUDA graphs")
-def test_timing_on_a_gpu(bench):
-    import timing
+def test_timing_on_a_gpu():
     import torch
+
+    from vit_fast.benchmarks import timing
 
     device = torch.device("cuda")
     x = torch.randn(4096, 4096, device=device)

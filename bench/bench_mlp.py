@@ -1,0 +1,7 @@
+"""Every implementation of `mlp`, forward and backward; the options are in conftest.py."""
+
+OPERATION = "mlp"
+
+
+def test_mlp(operation):
+    operation()

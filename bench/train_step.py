@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""A training step on this CPU: the reference path against the fused one, by turns in one run, activations' memory beside it.
+
+    python bench/train_step.py [--model ViT-B_16] [--batch 8] [--rounds 7] [--dtype float32|bfloat16] [--threads N]
+
+A step is forward, backward, and AdamW's update. The speed-up is the median of the rounds' ratios, with its 20th and 80th
+percentile. Activations are what the forward pass keeps for the backward pass, parameters not counted: bytes of distinct memory.
+Written to bench/results/<device>/training-step.json too, or to --json FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import torch  # noqa: E402
+
+from vit_fast import CONFIGS, VisionTransformer, use  # noqa: E402
+from vit_fast.benchmarks.record import environment_of, rounded, slug_of  # noqa: E402
+
+CONTENDERS = {"reference": "reference", "fused": "auto"}
+
+
+def make(name: str, dropout: float) -> tuple[VisionTransformer, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    config.transformer.dropout_rate = dropout
+    model = VisionTransformer(config, img_size=224, num_classes=1000).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def kept_bytes(model: VisionTransformer, forward) -> int:
+    """Bytes that the forward pass keeps, parameters and their packed copies aside."""
+    ranges = [(p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in model.parameters()]
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if not any(first <= address < last for first, last in ranges):
+            kept[address] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = forward()
+    del loss
+    return sum(kept.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B_16", choices=[name for name in CONFIGS if name != "testing"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dropout", type=float, nargs="*", default=[0.0, 0.1])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    images = torch.randn(arguments.batch, 3, 224, 224)
+    labels = torch.randint(1000, (arguments.batch,))
+    environment, rows = environment_of(torch.device("cpu")), []
+    print(f"{arguments.model}, {arguments.batch} images of 224 pixels, {arguments.dtype}; {environment['device']}, ", end="")
+    print(f"{arguments.threads} threads, torch {torch.__version__}", flush=True)
+    for dropout in arguments.dropout:
+        model, optimizer = make(arguments.model, dropout)
+
+        def forward(model=model):
+            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
+                return model(images, labels)
+
+        def step(forward=forward, optimizer=optimizer) -> None:
+            forward().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        memory = {}
+        for round_ in range(arguments.rounds + 1):  # one to warm up
+            for name, implementation in CONTENDERS.items():
+                with use(implementation):
+                    if round_ == 0:
+                        memory[name] = kept_bytes(model, forward)
+                    start = time.perf_counter()
+                    step()
+                    if round_:
+                        seconds[name].append(time.perf_counter() - start)
+        ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
+        low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
+        reference, fused = (1e3 * statistics.median(values) for values in seconds.values())
+        speed_up, share = statistics.median(ratios), memory["fused"] / memory["reference"]
+        kept = {name: memory[name] / 2**20 for name in memory}
+        print(
+            f"dropout {dropout}: reference {reference:.0f} ms, fused {fused:.0f} ms, {speed_up:.2f}x ({low:.2f}-{high:.2f}),"
+            f" {len(ratios)} rounds; activations {kept['reference']:.0f} MiB, {kept['fused']:.0f} MiB, {share:.2f}",
+            flush=True,
+        )
+        row = {"dropout": dropout, "reference_ms": reference, "fused_ms": fused, "speed_up": speed_up, "p20": low, "p80": high}
+        row |= {"rounds": len(ratios), "reference_mib": kept["reference"], "fused_mib": kept["fused"], "memory_ratio": share}
+        rows.append({name: rounded(value) for name, value in row.items()})
+    path = arguments.json or ROOT / "bench" / "results" / slug_of(environment) / "training-step.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    asked = {name: getattr(arguments, name) for name in ("model", "batch", "dtype")}
+    path.write_text(json.dumps({"environment": environment, **asked, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
