@@ -4,8 +4,8 @@
     python bench/results.py [--check]
 
 bench/results/<device>/<name>.json is what `vit-fast bench --json` or `make gpu` wrote; this program changes nothing there but
-the plots beside it. README's part between the two marks is written anew, and vit_fast/tables gets a file for each device with the
-implementation of each operation that was fastest. --check writes nothing: exit code 1 where something is not what the
+the plots beside it. README's part between the two marks is written anew, and vit_fast/tables gets a file for each device with
+the implementation of each operation that was fastest. --check writes nothing: exit code 1 where something is not what the
 measurements say.
 """
 
@@ -80,6 +80,7 @@ def _models(rows: list[dict]) -> str:
     columns = tables.groups_of(rows, "model", ("direction", "shape", "dtype"))
     if not columns:
         return ""
+    columns = dict(sorted(columns.items(), key=lambda item: item[0][0] != "forward"))  # training behind it
     names = list(dict.fromkeys(row["contender"] for row in rows if row["group"] == "model"))
     headers, cells, order = [""], {name: [] for name in names}, dict.fromkeys(names, 0.0)
     for (direction, shape, dtype), group in columns.items():

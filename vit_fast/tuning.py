@@ -130,6 +130,12 @@ def cpu_vendor() -> str:
 
 
 @functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, rather than for float32 alone."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
 def cpu_identity() -> dict[str, str | None]:
     """The processor: its name, family and model as numbers, and the instruction set that torch uses."""
     import platform

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "0"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder / "printed").write_text(result.stdout)
     return folder

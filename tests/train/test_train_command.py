@@ -109,7 +109,7 @@ def test_every_setting_is_an_option():
 def test_a_process(tmp_path):
     """With a terminal's absence no live line; and torchrun's variables of one process change nothing."""
     command = [sys.executable, "-m", "vit_fast", "train", "digits", "-o", str(tmp_path / "run"), "--steps", "2", *SMALL]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert "after 2 steps" in result.stdout
     assert torch.load(tmp_path / "run" / "checkpoint-00000002.pt", weights_only=True)["step"] == 2

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_fast import extension
+from vit_fast import extension, tuning
 from vit_fast.backends import OPERATIONS
 
 ROWS = 197  # oneDNN asks how many rows are to be multiplied: those of one image
@@ -59,7 +59,7 @@ class OneDnn(Dense):
 
     @staticmethod
     def serves(dtype: torch.dtype) -> bool:
-        fits = dtype == torch.float32 or dtype == torch.bfloat16 and _multiplies_bfloat16()
+        fits = dtype == torch.float32 or dtype == torch.bfloat16 and tuning.cpu_multiplies_bfloat16()
         return fits and torch.backends.mkldnn.is_available()
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -132,8 +132,3 @@ def best_for(device: torch.device, dtype: torch.dtype) -> type[Dense]:
     if dtype in extension.DTYPES["cpu"] and extension.missing("cpu") is None:
         return Packed
     return Dense
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16, rather than for float32 alone."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -384,7 +384,7 @@ _FEWEST_ROWS = 32
 
 
 def _cpp_not_worth(x: Tensor, *others) -> str | None:
-    reason = extension.not_worth(x)
+    reason = extension.not_worth(x) or extension.product_not_worth(_product_dtype(x))
     if reason is None and x.numel() < _FEWEST_ROWS * x.shape[-1]:
         return f"under 'auto' it takes at least {_FEWEST_ROWS} rows"
     return reason

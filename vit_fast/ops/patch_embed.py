@@ -170,13 +170,19 @@ def _cpp_supports(images, weight, bias, cls_token, position_embeddings, mean, st
     return reason
 
 
+def _cpp_not_worth(images, weight, *others):
+    under_autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if under_autocast else weight.dtype
+    return extension.not_worth(images) or extension.product_not_worth(dtype)
+
+
 _patch_embed = Operation(
     "patch_embed",
     {
         "reference": Implementation(patch_embed_reference, backends.anything),
         "torch": Implementation(patch_embed_torch, backends.anything),
         "triton": Implementation(_with_kernels(torch.ops.vit_fast), _triton_supports),
-        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports, extension.not_worth),
+        "cpp": Implementation(_with_kernels(torch.ops.vit_fast_cpp), _cpp_supports, _cpp_not_worth),
     },
     order=("triton", "cpp", "torch"),
 )
