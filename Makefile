@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test bench results emulate sanitize lint format compile-report cuda-report gpu sanitize-gpu clean
 
-demo: $(VENV)/installed  ## ViT-B/16 on photographs: parity, speed, an attention map
+demo: $(VENV)/installed  ## a trained model reads digits; ViT-B/16 on photographs: parity, speed, an attention map
 	$(BIN)/vit-fast demo
 
 test: $(VENV)/installed  ## every test

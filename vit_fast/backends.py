@@ -68,7 +68,7 @@ class Operation:
             return measured
         for name in self.order:
             # The interpreter is for tests: hundreds of times slower than anything else.
-            if name == "triton" and _interpreting():
+            if name == "triton" and interpreting():
                 continue
             if self.reason_against(name, *args) is None:
                 return name
@@ -131,7 +131,7 @@ class use:
 # ---- What runs here -------------------------------------------------------------------------------------------------
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return _INTERPRET
 

@@ -73,8 +73,8 @@ def refuses_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def product_not_worth(dtype: torch.dtype) -> str | None:
-    """The same for a product: the extension multiplies bfloat16 in float32, at half the speed of a CPU's own instructions for it
-    (B/16 on an AMD EPYC (Zen 5), 2 threads, torch 2.13, 2026-11-25).
+    """The same for a product: the extension multiplies bfloat16 in float32, at half the speed of a CPU's own instructions for
+    it (B/16 on an AMD EPYC (Zen 5), 2 threads, torch 2.13, 2026-11-25).
     """
     if dtype == torch.bfloat16 and tuning.cpu_multiplies_bfloat16():
         return "under 'auto' this processor's own products of bfloat16 are taken"

@@ -59,6 +59,8 @@ def measure(record: Record, op: str, dtype: str, device: torch.device, seconds: 
         stock, public = calls_of(Maker(device, DTYPES[dtype]))[op]
         calls = {STOCK: _often(stock, grad, None, device.type == "cuda")}
         for name in ("auto", *backends.OPERATIONS[op].implementations):
+            if name == "triton" and backends.interpreting():  # hundreds of times slower than anything else
+                continue
             try:
                 with torch.set_grad_enabled(grad), backends.use(name):
                     public()
