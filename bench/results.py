@@ -57,8 +57,8 @@ def section(found: dict[Path, dict], plots: dict[Path, str]) -> str:
         e = data["environment"]
         family = f" (family {e['family']}, {e['capability']})" if e.get("family") else ""
         threads = f", {e['threads']} threads" if "multiprocessors" not in e else ""
-        versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton", "driver") if e.get(name))
-        parts.append(f"### {e['device']}{family}{threads}\n")
+        versions = ", ".join(f"{name} {e[name]}" for name in ("triton", "driver") if e.get(name))
+        parts.append(f"### {e['device']}{family}{threads}, torch {e['torch'].partition('+')[0]}\n")
         parts.append(
             f"{e['date'][:10]}, {versions}, commit {e['commit']}{' and changes' if e['dirty'] else ''};"
             f" every figure: `{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}`. {_ceilings(data)}\n"
@@ -167,15 +167,18 @@ def shipped_tables(found: dict[Path, dict]) -> dict[str, tuple[dict, dict, str, 
     """{file name: (identity, versions, date, choices)}, later measurements having the last word."""
     made: dict[str, tuple[dict, dict, str, list]] = {}
     for data in found.values():
+        choices = tuning.choices_from(data["rows"])
+        if not choices:
+            continue
         e = data["environment"]
         keys = ("capability", "multiprocessors") if "multiprocessors" in e else ("family", "capability", "threads")
         identity = {"name": e["device"], **{key: e[key] for key in keys}}
         versions = {key: e.get(key) for key in ("vit_fast", "torch", "triton")}
         name = tuning.file_name(identity)
         kept = {c.key: c for c in (made[name][3] if name in made else [])}
-        kept |= {c.key: c for c in tuning.choices_from(data["rows"])}
+        kept |= {c.key: c for c in choices}
         made[name] = (identity, versions, e["date"], list(kept.values()))
-    return {name: parts for name, parts in made.items() if parts[3]}
+    return made
 
 
 def _table_text(parts, scratch: Path) -> str:

@@ -160,7 +160,7 @@ def test_a_figure_that_was_not_measured_is_noticed(results, tmp_path, monkeypatc
     assert results.main(["--check"]) == 1 and results.main([]) == 0 and results.main(["--check"]) == 0
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert "### Test CPU (family 1-2, AVX2), 2 threads" in text and "| **freeze()** | 3.00 ms, 3.00x |" in text
+    assert "### Test CPU (family 1-2, AVX2), 2 threads, torch 2.13.0" in text and "| **freeze()** | 3.00 ms, 3.00x |" in text
     assert "| `layer_norm` | 2.00 / – |" in text and "400 GFLOP/s in float32" in text
     plot = folder / "cpu-b-16-224-b1-float32-forward-speed-up.svg"
     assert f"({plot.relative_to(tmp_path).as_posix()})" in text and plot.is_file()

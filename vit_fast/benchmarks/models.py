@@ -306,7 +306,19 @@ class _Graph:
         return self.logits
 
 
-# ---- Forward --------------------------------------------------------------------------------------------------------
+# ---- Times ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is timed of a model, and how many times: a training step takes three forward passes' products and more memory."""
+
+    direction: str
+    prefix: str  # of what is said about it
+    calls: Callable[[Contender, Subject], timing.Calls]  # ready to be timed, their results looked at
+    least: int  # rounds
+    gpu_ms: float
+    gpu_most: int
 
 
 def measure(
@@ -316,34 +328,53 @@ def measure(
 
     :param seconds: of rounds, on a CPU.
     """
+    _measure(record, shape, dtype, device, contenders, seconds, _Kind("forward", "model", _forward_calls, 5, 500.0, 300))
+
+
+def measure_training(
+    record: Record, shape: Shape, dtype: str, device: torch.device, contenders: Sequence[Contender], seconds: float = 20.0
+) -> None:
+    """Rows of a training step, timed as `measure` does."""
+    kind = _Kind("training step", "training", lambda c, s: [prepare_training(c, s)], 4, 700.0, 100)
+    _measure(record, shape, dtype, device, contenders, seconds, kind)
+
+
+def _forward_calls(contender: Contender, subject: Subject) -> timing.Calls:
+    ready = prepare(contender, subject)
+    images = subject.bytes[: subject.shape.batch] if ready.raw else subject.images(0, subject.shape.batch)
+    # On a GPU a second set, so that the images don't lie in its cache.
+    sets = [images, images.clone()] if subject.device.type == "cuda" else [images]
+    return [functools.partial(_quietly, ready.run, images) for images in sets]
+
+
+def _measure(record, shape, dtype, device, contenders, seconds, kind: _Kind) -> None:
     torch._dynamo.reset()
     subject = subject_of(shape, dtype, device)
-    calls: dict[str, Callable] = {}
+    by_turns: dict[str, Callable] = {}
     for contender in contenders:
-        where = f"model {shape.label} {dtype} {contender.name}"
+        where = f"{kind.prefix} {shape.label} {dtype} {contender.name}"
         if record.seconds_left() < contender.seconds + (seconds if device.type == "cpu" else 0):
             record.skip(f"{where}: out of time")
             continue
         try:
-            ready = prepare(contender, subject)
+            calls = kind.calls(contender, subject)
         except Exception as error:  # noqa: BLE001
             _left_out(record, where, contender, error)
             continue
-        sets = [subject.bytes[: shape.batch] if ready.raw else subject.images(0, shape.batch)]
         if device.type == "cuda" or record.data["environment"].get("smoke"):
-            sets.append(sets[0].clone())
-            _on_gpu(record, contender, ready, sets, subject)
-            del ready
+            timed = timing.events(calls, device, target_ms=kind.gpu_ms, most=kind.gpu_most)
+            _row(record, timed, shape, dtype, kind.direction, contender.name, **_peak(device))
+            del calls
             _free(device)
         else:
-            record.say(f"{where}: ready, its logits are within the budget")
-            calls[contender.name] = functools.partial(_quietly, ready.run, sets[0])
-    if calls:
+            record.say(f"{where}: ready, what it gives is within the budget")
+            by_turns[contender.name] = calls[0]
+    if by_turns:
         most = 40 if shape.batch == 1 else 20
-        taken = timing.by_turns(calls, seconds, least=5, most=most, at_once_ms=0.0, pause_ms=20.0)
+        taken = timing.by_turns(by_turns, seconds, least=kind.least, most=most, at_once_ms=0.0, pause_ms=20.0)
         for name, samples in taken.items():
             ratio = timing.speed_up(taken[BASE], samples) | {"against": BASE} if BASE in taken and name != BASE else {}
-            _row(record, timing.summary(samples, "turns"), shape, dtype, "forward", name, **ratio)
+            _row(record, timing.summary(samples, "turns"), shape, dtype, kind.direction, name, **ratio)
 
 
 def _left_out(record: Record, where: str, contender: Contender, error: Exception) -> None:
@@ -362,12 +393,6 @@ def _left_out(record: Record, where: str, contender: Contender, error: Exception
 def _quietly(run: Callable, images: Tensor) -> Tensor:
     with torch.no_grad():
         return run(images)
-
-
-def _on_gpu(record: Record, contender: Contender, ready: Prepared, sets: list[Tensor], subject: Subject) -> None:
-    calls = [functools.partial(_quietly, ready.run, images) for images in sets]
-    timed = timing.events(calls, subject.device, target_ms=500.0, most=300)
-    _row(record, timed, subject.shape, subject.dtype, "forward", contender.name, **_peak(subject.device))
 
 
 def _peak(device: torch.device) -> dict[str, float]:
@@ -424,38 +449,6 @@ def prepare_training(contender: Contender, subject: Subject) -> Callable[[], Non
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def measure_training(
-    record: Record, shape: Shape, dtype: str, device: torch.device, contenders: Sequence[Contender], seconds: float = 20.0
-) -> None:
-    """Rows of a training step, timed as `measure` does."""
-    torch._dynamo.reset()
-    subject = subject_of(shape, dtype, device)
-    calls: dict[str, Callable] = {}
-    for contender in contenders:
-        where = f"training {shape.label} {dtype} {contender.name}"
-        if record.seconds_left() < contender.seconds + (seconds if device.type == "cpu" else 0):
-            record.skip(f"{where}: out of time")
-            continue
-        try:
-            step = prepare_training(contender, subject)
-        except Exception as error:  # noqa: BLE001
-            _left_out(record, where, contender, error)
-            continue
-        if device.type == "cuda" or record.data["environment"].get("smoke"):
-            timed = timing.events([step], device, target_ms=700.0, most=100)
-            _row(record, timed, shape, dtype, "training step", contender.name, **_peak(device))
-            del step
-            _free(device)
-        else:
-            record.say(f"{where}: ready, its loss and gradient are within the budget")
-            calls[contender.name] = step
-    if calls:
-        taken = timing.by_turns(calls, seconds, least=4, most=20, at_once_ms=0.0, pause_ms=20.0)
-        for name, samples in taken.items():
-            ratio = timing.speed_up(taken[BASE], samples) | {"against": BASE} if BASE in taken and name != BASE else {}
-            _row(record, timing.summary(samples, "turns"), shape, dtype, "training step", name, **ratio)
 
 
 def _gradient_of(run, images: Tensor, labels: Tensor) -> list[Tensor]:

@@ -132,7 +132,7 @@ def timm(model: nn.Module, shape: Shape) -> nn.Module:
     package = imported("timm")
     if shape.model not in TIMM:
         raise Missing(f"timm has no counterpart of ViT-{shape.model}")
-    net = package.create_model(TIMM[shape.model], img_size=shape.image, num_classes=model.num_classes)
+    net = package.create_model(TIMM[shape.model], img_size=shape.image, num_classes=model.num_classes, depth=shape.layers)
     names = _outside("", "cls_token", "pos_embed", "patch_embed.proj", "norm", "head")
     parts = {"norm1": "norm1", "norm2": "norm2", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     return _like(model, net, _renamed(model, names, "blocks.{}.", parts, "attn.qkv.{}"))
