@@ -52,6 +52,12 @@ def main() -> int:
         return 0
     if not Path("/proc/self/clear_refs").exists():
         p.error("it needs Linux's /proc")
+    from vit_fast import CONFIGS
+
+    if args.model not in CONFIGS:
+        p.error(f"argument --model: there is no {args.model!r}; there is {', '.join(CONFIGS)}")
+    if not all(part.isdecimal() and int(part) for part in args.batch.split(",")):
+        p.error(f"argument --batch: whole numbers from 1 on are needed, with commas between, got {args.batch!r}")
     for batch in args.batch.split(","):
         found = {}
         for one in ("source", "frozen"):

@@ -41,6 +41,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    for name in ("seeds", "epochs", "threads"):
+        if not getattr(arguments, name) > 0:
+            parser.error(f"argument --{name}: a number above 0 is needed, got {getattr(arguments, name)}")
     torch.set_num_threads(arguments.threads)
     environment = environment_of(torch.device("cpu"))
     settings = settings_of(_parser().parse_args(["train", *DIGITS.replace("\\\n", " ").split()]))

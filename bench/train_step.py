@@ -65,6 +65,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    for name in ("batch", "rounds", "threads"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"argument --{name}: a whole number from 1 on is needed, got {getattr(arguments, name)}")
+    if not all(0 <= p <= 1 for p in arguments.dropout):
+        parser.error(f"argument --dropout: numbers from 0 to 1 are needed, got {arguments.dropout}")
     torch.set_num_threads(arguments.threads)
     images = torch.randn(arguments.batch, 3, 224, 224)
     labels = torch.randint(1000, (arguments.batch,))

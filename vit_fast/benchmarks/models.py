@@ -10,7 +10,6 @@ import contextlib
 import copy
 import fnmatch
 import functools
-import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -466,16 +465,3 @@ def _loss_and_gradient(subject: Subject, wide: bool) -> list[Tensor]:
         model, images = model.double(), images.double()
     with backends.use("reference"):
         return _gradient_of(lambda x: model(x)[0], images, subject.labels)
-
-
-def available() -> dict[str, str | None]:
-    """For each other package None when it can take part, else the reason why not."""
-    found: dict[str, str | None] = {}
-    for package in ("timm", "transformers", "torchvision", "onnxruntime", "openvino"):
-        try:
-            peers.imported(package)
-            found[package] = None
-        except Missing as missing:
-            found[package] = str(missing)
-            sys.modules.pop(package, None)  # half imported
-    return found

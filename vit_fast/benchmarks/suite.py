@@ -57,33 +57,40 @@ def plan(record: Record, ceilings: timing.Ceilings, choice: Choice) -> list[Task
     for dtype in c.dtypes:
         for shape in c.shapes:
             where = f"{shape.label} {dtype}"
-            everybody = models.chosen(models.ON_CPU if on_cpu else models.ON_GPU, _with_base(c.contenders, models.BASE))
-            for group in [everybody] if on_cpu else [[one] for one in everybody]:
-                who = f"{len(group)} contenders" if on_cpu else group[0].name
-                run = functools.partial(models.measure, record, shape, dtype, c.device, group, c.model_seconds)
-                # Prepared, warmed up and checked in about eight passes each.
-                passes = 8 * len(group) * _seconds_of_a_pass(shape, ceilings, dtype) if on_cpu else 5.0
-                seconds = sum(one.seconds for one in group) + c.model_seconds * on_cpu + passes
-                tasks["models"].append(Task(f"{where} forward, {who}", seconds, run))
+            tasks["models"] += _model_tasks(record, ceilings, c, shape, dtype, training=False)
             for op in c.ops:
                 for case in hot_cases(op, shape, c.device):
                     run = functools.partial(
                         operations.measure, record, ceilings, case, dtype, c.device, implementations, c.seconds
                     )
                     tasks["ops"].append(Task(f"{case.name} {where}", 2.5 * c.seconds + 1.0 if on_cpu else 8.0, run))
-            everybody = models.chosen(models.TRAINING, _with_base(c.contenders, models.BASE))
-            if on_cpu:  # a compiled step alone takes a minute to prepare
-                everybody = [one for one in everybody if not one.mode or c.contenders is not None]
-            for group in [everybody] if on_cpu else [[one] for one in everybody]:
-                who = f"{len(group)} contenders" if on_cpu else group[0].name
-                run = functools.partial(models.measure_training, record, shape, dtype, c.device, group, c.model_seconds)
-                passes = 30 * len(group) * _seconds_of_a_pass(shape, ceilings, dtype) if on_cpu else 10.0
-                seconds = sum(one.seconds for one in group) + c.model_seconds * on_cpu + passes
-                tasks["training"].append(Task(f"{where} training step, {who}", seconds, run))
+            tasks["training"] += _model_tasks(record, ceilings, c, shape, dtype, training=True)
         for op in c.ops:
             run = functools.partial(overhead.measure, record, op, dtype, c.device, c.seconds)
             tasks["overhead"].append(Task(f"overhead of {op} {dtype}", 2.5 * c.seconds + 0.5, run))
     return [task for part in PARTS if part in c.parts for task in tasks[part]]
+
+
+def _model_tasks(record, ceilings, c: Choice, shape: cases.Shape, dtype: str, training: bool) -> list[Task]:
+    """On a CPU one task, whose contenders take turns; on a GPU one for each of them."""
+    on_cpu = c.device.type == "cpu"
+    available = models.TRAINING if training else models.ON_CPU if on_cpu else models.ON_GPU
+    everybody = models.chosen(available, _with_base(c.contenders, models.BASE))
+    if training and on_cpu and c.contenders is None:  # a compiled step alone takes a minute to prepare
+        everybody = [one for one in everybody if not one.mode]
+    what, measure = ("training step", models.measure_training) if training else ("forward", models.measure)
+    tasks = []
+    for group in [everybody] if on_cpu else [[one] for one in everybody]:
+        who = f"{len(group)} contenders" if on_cpu else group[0].name
+        run = functools.partial(measure, record, shape, dtype, c.device, group, c.model_seconds)
+        seconds = sum(one.seconds for one in group)
+        if on_cpu:  # prepared, warmed up and checked in so many passes each
+            passes = (30 if training else 8) * len(group)
+            seconds += c.model_seconds + passes * _seconds_of_a_pass(shape, ceilings, dtype)
+        else:
+            seconds += 10.0 if training else 5.0
+        tasks.append(Task(f"{shape.label} {dtype} {what}, {who}", seconds, run))
+    return tasks
 
 
 def _with_base(contenders: Sequence[str] | None, base: str) -> set[str] | None:
