@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """A training step on this CPU: the reference path against the fused one, by turns in one run, activations' memory beside it.
 
-    python bench/train_step.py [--model ViT-B_16] [--batch 8] [--rounds 7] [--dtype float32|bfloat16] [--threads N]
+    python bench/train_step.py [--model ViT-B_16] [--batch 8] [--rounds 7] [--dtype float32|bfloat16] [--dropout 0.1]
 
-A step is forward, backward, and AdamW's update. The speed-up is the median of the rounds' ratios, with its 20th and 80th
+A step is forward, backward, and AdamW's update: without dropout; with that of the embeddings and the MLP; and with that of the
+attention and stochastic depth too. The speed-up is the median of the rounds' ratios, with its 20th and 80th
 percentile. Activations are what the forward pass keeps for the backward pass, parameters not counted: bytes of distinct memory.
 Written to bench/results/<device>/training-step.json too, or to --json FILE.
 """
@@ -28,11 +29,17 @@ from vit_fast.benchmarks.record import environment_of, rounded, slug_of  # noqa:
 
 CONTENDERS = {"reference": "reference", "fused": "auto"}
 
+DROPPED = {
+    "nothing": (),
+    "dropout": ("dropout_rate",),
+    "dropout, attention's too, stochastic depth": ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
+}
 
-def make(name: str, dropout: float) -> tuple[VisionTransformer, torch.optim.Optimizer]:
+
+def make(name: str, p: float, rates: tuple[str, ...]) -> tuple[VisionTransformer, torch.optim.Optimizer]:
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[name])
-    config.transformer.dropout_rate = dropout
+    config.transformer.update({"dropout_rate": 0.0} | dict.fromkeys(rates, p))
     model = VisionTransformer(config, img_size=224, num_classes=1000).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -61,23 +68,23 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--dropout", type=float, nargs="*", default=[0.0, 0.1])
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     for name in ("batch", "rounds", "threads"):
         if getattr(arguments, name) < 1:
             parser.error(f"argument --{name}: a whole number from 1 on is needed, got {getattr(arguments, name)}")
-    if not all(0 <= p <= 1 for p in arguments.dropout):
-        parser.error(f"argument --dropout: numbers from 0 to 1 are needed, got {arguments.dropout}")
+    if not 0 <= arguments.dropout <= 1:
+        parser.error(f"argument --dropout: a number from 0 to 1 is needed, got {arguments.dropout}")
     torch.set_num_threads(arguments.threads)
     images = torch.randn(arguments.batch, 3, 224, 224)
     labels = torch.randint(1000, (arguments.batch,))
     environment, rows = environment_of(torch.device("cpu")), []
     print(f"{arguments.model}, {arguments.batch} images of 224 pixels, {arguments.dtype}; {environment['device']}, ", end="")
     print(f"{arguments.threads} threads, torch {torch.__version__}", flush=True)
-    for dropout in arguments.dropout:
-        model, optimizer = make(arguments.model, dropout)
+    for dropped, rates in DROPPED.items():
+        model, optimizer = make(arguments.model, arguments.dropout, rates)
 
         def forward(model=model):
             with torch.autocast("cpu", torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
@@ -105,11 +112,12 @@ def main() -> int:
         speed_up, share = statistics.median(ratios), memory["fused"] / memory["reference"]
         kept = {name: memory[name] / 2**20 for name in memory}
         print(
-            f"dropout {dropout}: reference {reference:.0f} ms, fused {fused:.0f} ms, {speed_up:.2f}x ({low:.2f}-{high:.2f}),"
+            f"dropped: {dropped}: reference {reference:.0f} ms, fused {fused:.0f} ms, {speed_up:.2f}x ({low:.2f}-{high:.2f}),"
             f" {len(ratios)} rounds; activations {kept['reference']:.0f} MiB, {kept['fused']:.0f} MiB, {share:.2f}",
             flush=True,
         )
-        row = {"dropout": dropout, "reference_ms": reference, "fused_ms": fused, "speed_up": speed_up, "p20": low, "p80": high}
+        row = {"dropped": dropped, "p": arguments.dropout if rates else 0.0, "reference_ms": reference, "fused_ms": fused}
+        row |= {"speed_up": speed_up, "p20": low, "p80": high}
         row |= {"rounds": len(ratios), "reference_mib": kept["reference"], "fused_mib": kept["fused"], "memory_ratio": share}
         rows.append({name: rounded(value) for name, value in row.items()})
     path = arguments.json or ROOT / "bench" / "results" / slug_of(environment) / "training-step.json"

@@ -17,7 +17,8 @@ int8_t check_kind(const char* op, const std::string& probs) {
   STD_TORCH_CHECK(false, op, ": probs must be none, all, class_token or head_mean, got '", probs, "'");
 }
 
-Attention take_qkv(const char* op, const Tensor& qkv, double scale, double dropout_p, const std::string& probs) {
+Attention take_qkv(
+    const char* op, const Tensor& qkv, double scale, double dropout_p, const std::optional<Tensor>& seed, const std::string& probs) {
   check_rank(op, "qkv", qkv, 5);
   STD_TORCH_CHECK(qkv.size(2) == 3, op, ": qkv must be [B, N, 3, H, d], got ", text_of(qkv.sizes()));
   STD_TORCH_CHECK(
@@ -25,7 +26,6 @@ Attention take_qkv(const char* op, const Tensor& qkv, double scale, double dropo
       op, ": qkv's last axis must be contiguous and not empty, got shape ", text_of(qkv.sizes()), ", strides ",
       text_of(qkv.strides()));
   check_dtype(op, "qkv", qkv, FLOATS);
-  STD_TORCH_CHECK(dropout_p == 0, op, ": dropout_p must be 0 on a CPU, got ", dropout_p);
   Attention a = {};
   a.images = qkv.size(0);
   a.tokens = qkv.size(1);
@@ -36,6 +36,7 @@ Attention take_qkv(const char* op, const Tensor& qkv, double scale, double dropo
   a.part_stride = qkv.stride(2);
   a.head_stride = qkv.stride(3);
   a.scale = float(scale);
+  a.dropout = dropout_of(op, "dropout_p", dropout_p, seed);
   a.type = type_of(qkv);
   a.kind = check_kind(op, probs);
   a.qkv = qkv.data_ptr();
@@ -64,9 +65,9 @@ void run_forward(Attention& a, const Tensor& out) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(
-    Tensor qkv, double scale, double dropout_p, std::optional<Tensor> /*seed*/, std::string probs) {
+    Tensor qkv, double scale, double dropout_p, std::optional<Tensor> seed, std::string probs) {
   const char* op = "attention_fwd";
-  Attention a = take_qkv(op, qkv, scale, dropout_p, probs);
+  Attention a = take_qkv(op, qkv, scale, dropout_p, seed, probs);
   Tensor out = empty({a.images, a.tokens, a.heads * a.head}, qkv.scalar_type());
   Tensor lse = empty({a.images, a.heads, a.tokens}, lse_type(a)), probabilities = empty(probs_sizes(a), qkv.scalar_type());
   if (qkv.numel() == 0) return {out, lse, probabilities};
@@ -78,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
 
 void attention_out(Tensor qkv, double scale, std::string probs, Tensor out, std::optional<Tensor> probabilities) {
   const char* op = "attention_out";
-  Attention a = take_qkv(op, qkv, scale, 0.0, probs);
+  Attention a = take_qkv(op, qkv, scale, 0.0, std::nullopt, probs);
   check_out(op, "out", out);
   check_shape(op, "out", out, {a.images, a.tokens, a.heads * a.head});
   check_dtype(op, "out", out, {qkv.scalar_type()});
@@ -99,10 +100,10 @@ void attention_out(Tensor qkv, double scale, std::string probs, Tensor out, std:
 }
 
 Tensor attention_bwd(
-    Tensor dout, Tensor qkv, Tensor out, Tensor lse, double scale, double dropout_p, std::optional<Tensor> /*seed*/,
+    Tensor dout, Tensor qkv, Tensor out, Tensor lse, double scale, double dropout_p, std::optional<Tensor> seed,
     std::string probs, std::optional<Tensor> dprobs) {
   const char* op = "attention_bwd";
-  Attention a = take_qkv(op, qkv, scale, dropout_p, probs);
+  Attention a = take_qkv(op, qkv, scale, dropout_p, seed, probs);
   check_shape(op, "dout", dout, {a.images, a.tokens, a.heads * a.head});
   check_shape(op, "out", out, {a.images, a.tokens, a.heads * a.head});
   check_shape(op, "lse", lse, {a.images, a.heads, a.tokens});

@@ -2,11 +2,13 @@
 // rows of scores are whole, so that softmax needs no rescaling.
 //
 // The backward pass computes the probabilities again from the sums that the forward pass kept. Per block of queries:
-//   P = exp(scale q kᵀ - lse)   dP = dO vᵀ + dprobs   dS = P ∘ (dP - rowsum(P ∘ dP))
-//   dq = scale dS k   dk += scale dSᵀ q   dv += Pᵀ dO
+//   P = exp(scale q kᵀ - lse)   dP = M ∘ (dO vᵀ) + dprobs   dS = P ∘ (dP - rowsum(P ∘ dP))
+//   dq = scale dS k   dk += scale dSᵀ q   dv += (M ∘ P)ᵀ dO
+// M is what dropout multiplies the probabilities with, 1 without it.
 #pragma once
 
 #include "product.h"
+#include "random.h"
 
 namespace vit_fast::VIT_FAST_ISA {
 
@@ -21,19 +23,23 @@ static int64_t attention_block(const Attention& a) {
   return tiles * TILE;
 }
 
+// A row of what dropout multiplies the probabilities with.
+static int64_t factors_size(const Attention& a) { return a.dropout.on ? padded(a.tokens) : 0; }
+
 // Scratch of a worker, in floats.
 static int64_t attention_forward_scratch(const Attention& a) {
   const int64_t keys = padded(a.tokens), head = padded(a.head);
   return keys * a.head + head * a.tokens                        // keys and values, packed
          + a.block * (a.head + keys + head)                     // queries, scores, results
-         + (a.kind == PROBS_HEAD_MEAN ? a.block * keys : 0) + a.head * PANEL;
+         + (a.kind == PROBS_HEAD_MEAN ? a.block * keys : 0) + a.head * PANEL + factors_size(a);
 }
 static int64_t attention_backward_scratch(const Attention& a) {
   const int64_t keys = padded(a.tokens), head = padded(a.head);
   return 2 * keys * a.head + head * a.tokens              // keys and values by channel, keys by token
          + 2 * a.tokens * head                            // dk, dv
          + a.block * (2 * a.head + 2 * head + 2 * keys)   // q and dO as rows and packed, P, dP
-         + a.block * head + a.head * PANEL;               // dq
+         + a.block * head + a.head * PANEL                // dq
+         + factors_size(a);
 }
 
 template <class T>
@@ -104,7 +110,8 @@ static void attention_queries(
     const Attention& a, int64_t image, int64_t head, int64_t first, int64_t rows, const float* keys, const float* values, float* scratch,
     float* mean) {
   const int64_t N = a.tokens, d = a.head, width = padded(N), columns = padded(d);
-  float* query = scratch;
+  float* factors = scratch;
+  float* query = factors + factors_size(a);
   float* scores = query + a.block * d;
   float* result = scores + a.block * width;
   scaled_rows(head_of<T>(a, image, head).query + first * a.token_stride, a.token_stride, rows, d, a.scale, query);
@@ -126,6 +133,10 @@ static void attention_queries(
       for_vectors(N, [&](int64_t j, int n) {
         store_up_to(mean + i * width + j, load_up_to(mean + i * width + j, n) + load_up_to(row + j, n) * share, n);
       });
+    }
+    if (a.dropout.on) {
+      probability_factors(a.dropout, image * a.heads + head, first + i, N, factors);
+      for_vectors(N, [&](int64_t j, int n) { store_up_to(row + j, load_up_to(row + j, n) * load(factors + j), n); });
     }
   }
   small_product(rows, d, N, scores, width, 1, values, result, columns, false);
@@ -158,7 +169,7 @@ static void attention_forward_units(const Attention& a, int worker, int64_t begi
       continue;
     }
     const int64_t image = unit / blocks;
-    float* mean = scratch + a.block * (d + padded(N) + padded(d));
+    float* mean = scratch + factors_size(a) + a.block * (d + padded(N) + padded(d));
     for (int64_t i = 0; i < rows * padded(N); ++i) mean[i] = 0;
     for (int64_t head = 0; head < a.heads; ++head) {
       pack(image, head);
@@ -197,6 +208,7 @@ static void attention_backward_heads(const Attention& a, int worker, int64_t beg
   float* probs = packed_dout + a.block * columns;
   float* dscores = probs + a.block * width;
   float* dquery = dscores + a.block * width;
+  float* factors = dquery + a.block * columns + d * PANEL;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / a.heads, head = unit % a.heads;
     const Head<T> h = head_of<T>(a, image, head);
@@ -220,10 +232,12 @@ static void attention_backward_heads(const Attention& a, int worker, int64_t beg
         const T* extra = dprobs_row<T>(a, image, head, first + i, factor);
         // lse as two floats: at logits of 1e4 one float holds it to a thousandth only.
         const float high = float(lse[i]), low = float(lse[i] - L(high));
+        if (a.dropout.on) probability_factors(a.dropout, unit, first + i, N, factors);
         vec delta = {};
         for_vectors(N, [&](int64_t j, int n) {
           const vec e = exp(load_up_to(p + j, n) - high - low);
           vec dp = load_up_to(ds + j, n);
+          if (a.dropout.on) dp *= load(factors + j);
           if (extra) dp += load_up_to(extra + j, n) * factor;
           store_up_to(p + j, e, n);
           store_up_to(ds + j, dp, n);
@@ -235,7 +249,9 @@ static void attention_backward_heads(const Attention& a, int worker, int64_t beg
         });
         const float row_sum = sum(delta);
         for_vectors(N, [&](int64_t j, int n) {
-          store_up_to(ds + j, load_up_to(p + j, n) * (load_up_to(ds + j, n) - row_sum), n);
+          const vec e = load_up_to(p + j, n);
+          store_up_to(ds + j, e * (load_up_to(ds + j, n) - row_sum), n);
+          if (a.dropout.on) store_up_to(p + j, e * load(factors + j), n);
         });
       }
       small_product(rows, d, N, dscores, width, 1, keys_by_token, dquery, columns, false);

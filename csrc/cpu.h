@@ -16,6 +16,14 @@ enum class Type : int8_t { f32, bf16 };
 constexpr int64_t ROWS_OF_PART = 32;
 constexpr int64_t parts_of(int64_t rows) { return (rows + ROWS_OF_PART - 1) / ROWS_OF_PART; }
 
+// Dropout by counter, see random.h: what is kept is multiplied by `scale`. Off where nothing is dropped.
+struct Dropout {
+  bool on;
+  uint64_t seed;
+  int32_t limit;  // kept are those whose random bits, as an integer, are not below it
+  float scale;
+};
+
 // [rows, columns]; total = x + residual is written only with a residual, mean and rstd [rows] unless they are null. Without a weight
 // or bias they are ones and zeros.
 struct LayerNormForward {
@@ -49,7 +57,7 @@ struct Patches {
 };
 
 // v[n, j] = Σ_k x[n, k] w[j, k] with what follows in the epilogue, each of it only where its pointer is given:
-//   v += bias, z = v, y = act(v) + residual
+//   v += bias, z = v, y = image_factor[n / image_rows] dropout(act(v)) + residual
 // Row n of y and of the residual lie at (n / group)·group_stride + (n % group)·row_stride.
 struct Product {
   const void *x, *w, *bias, *residual;
@@ -60,19 +68,25 @@ struct Product {
   int64_t group, y_group, y_row, residual_group, residual_row, z_row;
   Type x_type, bias_type, residual_type, y_type;  // w and z have x's; of patches, in which w comes
   int8_t activation;                              // 0 none, 1 gelu, 2 gelu_tanh, 3 silu
+  Dropout dropout;
+  const float* image_factors;  // of stochastic depth, or null
+  int64_t image_rows;
   bool pack_x;     // which operand is packed; the work is counted in rows of the other
   float* packed;   // product_packed_size
   float* scratch;  // [workers][product_scratch_size]
 };
 
-// dz = dy act'(z), sums[part][columns] += dz.
-struct GeluBackward {
+// dz = image_factor dropout(dy) act'(z), h = image_factor dropout(act(z)), sums[part][columns] += dz; without z, act is nothing.
+struct EpilogueBackward {
   const void *dy, *z;
-  void* dz;
+  void *dz, *h;  // h may be null
   float* sums;
   int64_t rows, columns;
   Type type;
   int8_t activation;
+  Dropout dropout;
+  const float* image_factors;
+  int64_t image_rows;
 };
 
 // qkv [B, N, 3, H, d] by its strides, the last 1. Work is counted in blocks of queries of a head (of all heads for head_mean).
@@ -86,6 +100,7 @@ struct Attention {
   int64_t out_image, out_token;    // strides; a token's values are contiguous
   int64_t dout_image, dout_token;
   float scale;
+  Dropout dropout;
   Type type;
   int8_t kind;     // of probabilities: 0 none, 1 all, 2 class_token, 3 head_mean
   float* scratch;  // [workers][attention_forward_scratch or attention_backward_scratch]
@@ -112,7 +127,8 @@ struct Kernels {
   int64_t (*product_tiles)(const Product&);
   int64_t (*product_packed_size)(const Product&);
   int64_t (*product_scratch_size)(const Product&);
-  void (*gelu_backward)(const GeluBackward&, int64_t begin, int64_t end);  // parts
+  void (*epilogue_backward)(const EpilogueBackward&, int64_t begin, int64_t end);  // parts
+  void (*stochastic_depth)(const Dropout&, int64_t images, float* factors);
   int64_t (*attention_block)(const Attention&);
   int64_t (*attention_forward_scratch)(const Attention&);
   int64_t (*attention_backward_scratch)(const Attention&);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) add_epilogue_kernel(
 // A block owns 32 N columns and every gridDim.y-th group of 8 rows; parts: [gridDim.y][columns].
 template <int N, Activation activation, class T>
 __global__ void __launch_bounds__(THREADS) gelu_backward_kernel(
-    const T* dy, const T* z, T* dz, float* parts, int64_t rows, int64_t columns) {
+    const T* dy, const T* z, T* dz, T* h, float* parts, int64_t rows, int64_t columns) {
   const int64_t column = (int64_t(blockIdx.x) * 32 + threadIdx.x) * N;
   float sums[N] = {};
   if (column < columns) {
@@ -43,7 +43,9 @@ __global__ void __launch_bounds__(THREADS) gelu_backward_kernel(
       for (int k = 0; k < N; ++k) {
         d[k] *= derivative_at<activation>(at[k]);
         sums[k] += d[k];
+        at[k] = activated<activation>(at[k]);
       }
+      if (h != nullptr) store<N>(h + row * columns + column, at);
       store<N>(dz + row * columns + column, d);
     }
   }
@@ -109,7 +111,7 @@ void add_epilogue(const char* op, const Tensor& z, Activation activation, const 
   check_launch(op);
 }
 
-Tensor gelu_backward(const char* op, const Tensor& dy, const Tensor& z, Activation activation, Tensor& dz) {
+Tensor gelu_backward(const char* op, const Tensor& dy, const Tensor& z, Activation activation, Tensor& dz, Tensor& h) {
   const int64_t columns = z.size(z.dim() - 1), rows = rows_of(z);
   // Enough blocks to fill the device, few enough for the parts to be small beside the data.
   const int64_t column_blocks = (columns + 255) / 256;
@@ -120,14 +122,14 @@ Tensor gelu_backward(const char* op, const Tensor& dy, const Tensor& z, Activati
       using T = decltype(t);
       constexpr int CHUNK = 16 / sizeof(T);
       const bool chunks = in_chunks(z.data_ptr(), sizeof(T), columns, columns) && in_chunks(dy.data_ptr(), sizeof(T), columns, columns) &&
-                          in_chunks(dz.data_ptr(), sizeof(T), columns, columns);
+                          in_chunks(dz.data_ptr(), sizeof(T), columns, columns) && in_chunks(h.data_ptr(), sizeof(T), columns, columns);
       with_activation(activation, [&](auto act) {
         if constexpr (act != Activation::none) {
           const auto launch = [&](auto n) {
             const dim3 grid(unsigned((columns + 32 * n - 1) / (32 * n)), unsigned(parts));
             gelu_backward_kernel<n, act, T><<<grid, dim3(32, 8), 0, current_stream(z)>>>(
                 static_cast<const T*>(dy.data_ptr()), static_cast<const T*>(z.data_ptr()), static_cast<T*>(dz.data_ptr()),
-                static_cast<float*>(partial.data_ptr()), rows, columns);
+                h.numel() > 0 ? static_cast<T*>(h.data_ptr()) : nullptr, static_cast<float*>(partial.data_ptr()), rows, columns);
           };
           if (chunks) {
             launch(std::integral_constant<int, CHUNK>{});
@@ -144,9 +146,14 @@ Tensor gelu_backward(const char* op, const Tensor& dy, const Tensor& z, Activati
 
 namespace {
 
-std::tuple<Tensor, Tensor> gelu_bwd(Tensor dy, Tensor z, std::string activation) {
-  const char* op = "gelu_bwd";
+std::tuple<Tensor, Tensor, Tensor> epilogue_bwd(
+    Tensor dy, std::optional<Tensor> given_z, std::optional<std::string> activation, double dropout_p, double stochastic_depth_p,
+    std::optional<Tensor> /*seed*/, bool keep_activation) {
+  const char* op = "epilogue_bwd";
   const Activation act = check_activation(op, activation);
+  check_nothing_dropped(op, dropout_p, stochastic_depth_p);
+  STD_TORCH_CHECK(given_z && act != Activation::none, op, ": z and an activation must be there");
+  const Tensor& z = *given_z;
   check_contiguous(op, "z", z);
   STD_TORCH_CHECK(z.dim() > 0, op, ": z must have at least one axis, got a scalar");
   check_dtype(op, "z", z, FLOATS);
@@ -157,11 +164,12 @@ std::tuple<Tensor, Tensor> gelu_bwd(Tensor dy, Tensor z, std::string activation)
   const auto guard = guard_of(z);
   if (dy.scalar_type() != z.scalar_type()) dy = torch::stable::to(dy, z.scalar_type());  // a wider residual's, under autocast
   Tensor dz = empty_like(z, sizes_of(z), z.scalar_type());
-  Tensor dbias = gelu_backward(op, dy, z, act, dz);
-  return {dz, dbias};
+  Tensor h = empty_like(z, keep_activation ? sizes_of(z) : std::vector<int64_t>{0}, z.scalar_type());
+  Tensor dbias = gelu_backward(op, dy, z, act, dz, h);
+  return {dz, dbias, h};
 }
 
 }  // namespace
 }  // namespace vit_fast
 
-STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CUDA, m) { m.impl("gelu_bwd", TORCH_BOX(&vit_fast::gelu_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CUDA, m) { m.impl("epilogue_bwd", TORCH_BOX(&vit_fast::epilogue_bwd)); }

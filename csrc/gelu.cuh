@@ -34,7 +34,14 @@ __device__ inline float derivative_at(float x) {
 // y = act(z) + residual: [rows, columns], contiguous but for the residual's rows. y may be z.
 void add_epilogue(const char* op, const Tensor& z, Activation activation, const Tensor* residual, int64_t residual_row, Tensor& y);
 
-// (dz, dbias) = (dy act'(z), Σ rows of dz), all contiguous. dz may be dy.
-Tensor gelu_backward(const char* op, const Tensor& dy, const Tensor& z, Activation activation, Tensor& dz);
+// (dz, dbias) = (dy act'(z), Σ rows of dz), all contiguous; and h = act(z) where it has elements. dz may be dy.
+Tensor gelu_backward(const char* op, const Tensor& dy, const Tensor& z, Activation activation, Tensor& dz, Tensor& h);
+
+// Dropout and stochastic depth on a GPU are Triton's.
+inline void check_nothing_dropped(const char* op, double dropout_p, double stochastic_depth_p = 0) {
+  STD_TORCH_CHECK(
+      dropout_p == 0 && stochastic_depth_p == 0, op, ": on a GPU dropout_p and stochastic_depth_p must be 0, got ", dropout_p, " and ",
+      stochastic_depth_p);
+}
 
 }  // namespace vit_fast

@@ -32,6 +32,17 @@ bool same_place(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
+Dropout dropout_of(const char* op, const char* name, double p, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(p >= 0 && p <= 1, op, ": ", name, " must be in [0, 1], got ", p);
+  if (p == 0) return {};
+  STD_TORCH_CHECK(seed.has_value(), op, ": ", name, " ", p, " needs a seed");
+  check_shape(op, "seed", *seed, {1});
+  check_dtype(op, "seed", *seed, {ScalarType::Long});
+  STD_TORCH_CHECK(seed->is_cpu(), op, ": seed must be on the CPU");
+  const int64_t limit = std::min<int64_t>(int64_t(p * 4294967296.), 4294967295) - 2147483648;
+  return {true, uint64_t(*static_cast<const int64_t*>(seed->data_ptr())), int32_t(limit), p < 1 ? float(1 / (1 - p)) : 0.f};
+}
+
 void check_out(const char* op, const char* name, const Tensor& out) {
   STD_TORCH_CHECK(out.dim() > 0 && out.is_cpu(), op, ": ", name, " must be on the CPU and have at least one axis");
   if (out.numel() == 0) return;

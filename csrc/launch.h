@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -69,6 +70,9 @@ inline Tensor sum_of_parts(const float* parts, int64_t count, int64_t columns, S
 void check_out(const char* op, const char* name, const Tensor& out);
 // An input may be the output itself where `in_place`, else no memory of it. Rows of one matrix may lie between those of the other.
 void check_apart(const char* op, const char* name, const Tensor& input, const Tensor& out, bool in_place = false);
+
+// Drops with probability p, by the seed, int64 [1], which must be there where p is above 0.
+Dropout dropout_of(const char* op, const char* name, double p, const std::optional<Tensor>& seed);
 
 // Packs one operand and computes; chooses which, and allocates what both steps need.
 void run_product(Product& a);

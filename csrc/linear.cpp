@@ -1,4 +1,4 @@
-// Launchers of linear and of GELU's derivative on a CPU, and of the product that they share with patch_embed.
+// Launchers of linear and of its epilogue's derivative on a CPU, and of the product that they share with patch_embed.
 
 #include "launch.h"
 
@@ -127,9 +127,25 @@ std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
   return sizes;
 }
 
+// What stochastic depth multiplies each entry of the first axis with, and the number of rows in one; no factors where p is 0.
+struct Images {
+  Tensor factors;
+  int64_t rows;
+
+  Images(const char* op, const Tensor& x, double p, const std::optional<Tensor>& seed) : factors(floats(0)), rows(1) {
+    const Dropout depth = dropout_of(op, "stochastic_depth_p", p, seed);
+    if (!depth.on || x.numel() == 0) return;
+    const int64_t images = x.dim() > 1 ? x.size(0) : 1;
+    rows = rows_of(x) / images;
+    factors = floats(images);
+    kernels().stochastic_depth(depth, images, floats_of(factors));
+  }
+  const float* get() const { return factors.numel() > 0 ? floats_of(factors) : nullptr; }
+};
+
 std::tuple<Tensor, Tensor> linear_fwd(
     Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<std::string> activation, std::optional<Tensor> residual,
-    bool keep_preactivation) {
+    bool keep_preactivation, double dropout_p, double stochastic_depth_p, std::optional<Tensor> seed) {
   const char* op = "linear_fwd";
   Product a = {};
   take_operands(op, a, x, weight);
@@ -144,6 +160,10 @@ std::tuple<Tensor, Tensor> linear_fwd(
     take_residual(op, a, x, *residual, sizes, {ScalarType::Float, x.scalar_type()});  // a wider one under autocast
     y_type = wider(x, *residual);
   }
+  a.dropout = dropout_of(op, "dropout_p", dropout_p, seed);
+  const Images images(op, x, stochastic_depth_p, seed);
+  a.image_factors = images.get();
+  a.image_rows = images.rows;
 
   Tensor y = empty(sizes, y_type), z = empty(keep_preactivation ? sizes : std::vector<int64_t>{0}, x.scalar_type());
   if (a.rows > 0) {
@@ -208,45 +228,74 @@ void linear_packed_out(
   if (a.rows > 0) run_packed_product(a);
 }
 
-void check_derivative(const char* op, const Tensor& z, const std::string& activation) {
+void check_preactivation(const char* op, const Tensor& z) {
   check_contiguous(op, "z", z);
   STD_TORCH_CHECK(z.dim() > 0, op, ": z must have at least one axis, got a scalar");
   check_dtype(op, "z", z, FLOATS);
-  check_activation(op, activation);
 }
 
-// (dz, dbias) = (dy act'(z), Σ rows of dz), contiguous. dz may be dy.
-std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dy, const Tensor& z, const Tensor& dz, int8_t activation) {
-  const int64_t columns = z.size(z.dim() - 1), rows = rows_of(z), parts = parts_of(rows);
+// (dz, dbias, h), contiguous: see EpilogueBackward; dbias the sum of dz over the rows, h of no elements unless it is to be kept. Where
+// dz may be dy, no memory is taken for it.
+std::tuple<Tensor, Tensor, Tensor> run_epilogue_backward(
+    const Tensor& dy, const Tensor* z, Activation activation, const Dropout& dropout, const Images* images, bool keep_activation,
+    bool in_place) {
+  const int64_t columns = dy.size(dy.dim() - 1), rows = rows_of(dy), parts = parts_of(rows);
+  const std::vector<int64_t> sizes = sizes_of(dy);
+  Tensor dz = in_place ? dy : empty(sizes, dy.scalar_type());
+  Tensor h = empty(keep_activation ? sizes : std::vector<int64_t>{0}, dy.scalar_type());
   Tensor sums = floats(parts * columns);
-  const GeluBackward a = {
-      dy.data_ptr(), z.data_ptr(), dz.data_ptr(), floats_of(sums), rows, columns, type_of(z), activation};
+  EpilogueBackward a = {};
+  a.dy = dy.data_ptr();
+  a.z = z ? z->data_ptr() : nullptr;
+  a.dz = dz.data_ptr();
+  a.h = keep_activation ? h.data_ptr() : nullptr;
+  a.sums = floats_of(sums);
+  a.rows = rows;
+  a.columns = columns;
+  a.type = type_of(dy);
+  a.activation = int8_t(activation);
+  a.dropout = dropout;
+  a.image_factors = images ? images->get() : nullptr;
+  a.image_rows = images ? images->rows : 1;
   const Kernels& kernel = kernels();
-  share(workers_for(parts), parts, [&](int, int64_t begin, int64_t end) { kernel.gelu_backward(a, begin, end); });
-  return {dz, sum_of_parts(a.sums, parts, columns, z.scalar_type())};
+  share(workers_for(parts), parts, [&](int, int64_t begin, int64_t end) { kernel.epilogue_backward(a, begin, end); });
+  return {dz, sum_of_parts(a.sums, parts, columns, dy.scalar_type()), h};
 }
 
-std::tuple<Tensor, Tensor> linear_dgelu_bwd(Tensor dy, Tensor weight, Tensor z, std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> linear_dgelu_bwd(
+    Tensor dy, Tensor weight, Tensor z, std::string activation, double dropout_p, std::optional<Tensor> seed, bool keep_activation) {
   const char* op = "linear_dgelu_bwd";
   check_rank(op, "weight", weight, 2);
   Product a = {};
   take_operands(op, a, dy, torch::stable::transpose(weight, 0, 1));  // dh = dy W
-  check_derivative(op, z, activation);
+  check_preactivation(op, z);
   check_shape(op, "z", z, with_columns(dy, a.columns));
   check_dtype(op, "z", z, {dy.scalar_type()});
+  const Activation act = check_activation(op, activation);
+  const Dropout dropout = dropout_of(op, "dropout_p", dropout_p, seed);
   // torch's product, which is as fast for a weight to be read across its rows; act'(z) in place behind it.
-  Tensor dz = torch::stable::matmul(dy, weight);
-  return gelu_backward(dz, z, dz, int8_t(check_activation(op, activation)));
+  return run_epilogue_backward(torch::stable::matmul(dy, weight), &z, act, dropout, nullptr, keep_activation, true);
 }
 
-std::tuple<Tensor, Tensor> gelu_bwd(Tensor dy, Tensor z, std::string activation) {
-  const char* op = "gelu_bwd";
-  check_derivative(op, z, activation);
-  check_shape(op, "dy", dy, sizes_of(z));
+std::tuple<Tensor, Tensor, Tensor> epilogue_bwd(
+    Tensor dy, std::optional<Tensor> z, std::optional<std::string> activation, double dropout_p, double stochastic_depth_p,
+    std::optional<Tensor> seed, bool keep_activation) {
+  const char* op = "epilogue_bwd";
+  const Activation act = check_activation(op, activation);
+  STD_TORCH_CHECK(
+      z.has_value() == (act != Activation::none) && (z || !keep_activation), op, ": z must come with an activation and only then");
+  if (z) {
+    check_preactivation(op, *z);
+    check_shape(op, "dy", dy, sizes_of(*z));
+    check_dtype(op, "dy", dy, {z->scalar_type(), ScalarType::Float});
+    if (dy.scalar_type() != z->scalar_type()) dy = torch::stable::to(dy, z->scalar_type());  // a wider residual's, under autocast
+  }
+  STD_TORCH_CHECK(dy.dim() > 0, op, ": dy must have at least one axis, got a scalar");
+  check_dtype(op, "dy", dy, FLOATS);
   check_contiguous(op, "dy", dy);
-  check_dtype(op, "dy", dy, {z.scalar_type(), ScalarType::Float});
-  if (dy.scalar_type() != z.scalar_type()) dy = torch::stable::to(dy, z.scalar_type());  // a wider residual's, under autocast
-  return gelu_backward(dy, z, empty(sizes_of(z), z.scalar_type()), int8_t(check_activation(op, activation)));
+  const Dropout dropout = dropout_of(op, "dropout_p", dropout_p, seed);
+  const Images images(op, dy, stochastic_depth_p, seed);
+  return run_epilogue_backward(dy, z ? &*z : nullptr, act, dropout, &images, keep_activation, false);
 }
 
 }  // namespace
@@ -258,5 +307,5 @@ STABLE_TORCH_LIBRARY_IMPL(vit_fast_cpp, CPU, m) {
   m.impl("linear_unpack", TORCH_BOX(&vit_fast::linear_unpack));
   m.impl("linear_packed_out", TORCH_BOX(&vit_fast::linear_packed_out));
   m.impl("linear_dgelu_bwd", TORCH_BOX(&vit_fast::linear_dgelu_bwd));
-  m.impl("gelu_bwd", TORCH_BOX(&vit_fast::gelu_bwd));
+  m.impl("epilogue_bwd", TORCH_BOX(&vit_fast::epilogue_bwd));
 }

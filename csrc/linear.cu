@@ -54,8 +54,9 @@ std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
 
 std::tuple<Tensor, Tensor> linear_fwd(
     Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<std::string> activation, std::optional<Tensor> residual,
-    bool keep_preactivation) {
+    bool keep_preactivation, double dropout_p, double stochastic_depth_p, std::optional<Tensor> /*seed*/) {
   const char* op = "linear_fwd";
+  check_nothing_dropped(op, dropout_p, stochastic_depth_p);
   LtProduct p = take_operands(op, "x", x, weight);
   const Activation act = check_activation(op, activation);
   const std::vector<int64_t> sizes = with_columns(x, p.columns);
@@ -107,8 +108,10 @@ std::tuple<Tensor, Tensor> linear_fwd(
   return {y, z};
 }
 
-std::tuple<Tensor, Tensor> linear_dgelu_bwd(Tensor dy, Tensor weight, Tensor z, std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> linear_dgelu_bwd(
+    Tensor dy, Tensor weight, Tensor z, std::string activation, double dropout_p, std::optional<Tensor> /*seed*/, bool keep_activation) {
   const char* op = "linear_dgelu_bwd";
+  check_nothing_dropped(op, dropout_p);
   check_rank(op, "weight", weight, 2);
   LtProduct p = take_operands(op, "dy", dy, torch::stable::transpose(weight, 0, 1));  // dh = dy W
   const Activation act = check_activation(op, activation);
@@ -119,6 +122,7 @@ std::tuple<Tensor, Tensor> linear_dgelu_bwd(Tensor dy, Tensor weight, Tensor z, 
 
   const auto guard = guard_of(dy);
   Tensor dz = empty_like(z, sizes_of(z), z.scalar_type());
+  Tensor h = empty_like(z, keep_activation ? sizes_of(z) : std::vector<int64_t>{0}, z.scalar_type());
   p.y = dz.data_ptr();
   if (act == Activation::gelu_tanh && p.columns % 8 == 0 && p.rows > 0) {
     Tensor dbias = empty_like(z, {p.columns}, z.scalar_type());
@@ -126,11 +130,12 @@ std::tuple<Tensor, Tensor> linear_dgelu_bwd(Tensor dy, Tensor weight, Tensor z, 
     p.aux = z.data_ptr();
     p.bias_gradient = dbias.data_ptr();
     Lt::instance().run(op, p, dy);
-    return {dz, dbias};
+    if (keep_activation) add_epilogue(op, z, act, nullptr, 0, h);
+    return {dz, dbias, h};
   }
   if (p.rows > 0) Lt::instance().run(op, p, dy);
-  Tensor dbias = gelu_backward(op, dz, z, act, dz);
-  return {dz, dbias};
+  Tensor dbias = gelu_backward(op, dz, z, act, dz, h);
+  return {dz, dbias, h};
 }
 
 }  // namespace

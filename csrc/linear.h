@@ -1,8 +1,9 @@
-// The product of cpu.h's `Product` with its epilogues, and GELU's derivative alone.
+// The product of cpu.h's `Product` with its epilogues, and their derivative.
 #pragma once
 
 #include "patch_embed.h"
 #include "product.h"
+#include "random.h"
 
 namespace vit_fast::VIT_FAST_ISA {
 
@@ -103,11 +104,16 @@ VIT_FAST_INLINE void finish(const Product& a, int64_t n, int64_t j, int64_t coun
   Y* y = static_cast<Y*>(a.y) + (n / a.group) * a.y_group + in_group * a.y_row + j;
   X* z = a.z ? static_cast<X*>(a.z) + n * a.z_row + j : nullptr;
   const int64_t residual = (n / a.group) * a.residual_group + in_group * a.residual_row + j;
+  float factors[(BLOCK_COLUMNS > BLOCK_ROWS ? BLOCK_COLUMNS : BLOCK_ROWS) + 2 * DROPOUT_GROUP];
+  const float* factor = a.dropout.on ? dropout_factors(a.dropout, n, j, count, factors) : nullptr;
+  const float whole = a.image_factors ? a.image_factors[n / a.image_rows] : 1.f;
   for_vectors(count, [&](int64_t i, int m) {
     vec v = load_up_to(values + i, m);
     if (a.bias) v += load_up_to(a.bias, a.bias_type, j + i, m);
     if (z) store_up_to(z + i, v, m);
     v = activated(v, a.activation);
+    if (factor) v = times_factor(v, load_up_to(factor + i, m));
+    if (a.image_factors) v = times_factor(v, all(whole));
     if (a.residual) v += load_up_to(a.residual, a.residual_type, residual + i, m);
     store_up_to(y + i, v, m);
   });
@@ -195,29 +201,57 @@ static void product(const Product& a, int worker, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-static void gelu_backward_rows(const GeluBackward& a, int64_t part) {
+template <class T, int activation>
+static void epilogue_backward_rows(const EpilogueBackward& a, int64_t part) {
+  constexpr int64_t CHUNK = 8 * DROPOUT_GROUP;
+  float factors[CHUNK + 2 * DROPOUT_GROUP];
   float* sums = a.sums + part * a.columns;
   for (int64_t j = 0; j < a.columns; ++j) sums[j] = 0;
   for (int64_t row = part * ROWS_OF_PART; row < smaller((part + 1) * ROWS_OF_PART, a.rows); ++row) {
-    const T* dy = static_cast<const T*>(a.dy) + row * a.columns;
-    const T* z = static_cast<const T*>(a.z) + row * a.columns;
-    T* dz = static_cast<T*>(a.dz) + row * a.columns;
-    for_vectors(a.columns, [&](int64_t j, int n) {
-      const vec d = load_up_to(dy + j, n) * derivative_at(load_up_to(z + j, n), a.activation);
-      store_up_to(dz + j, d, n);
-      store_up_to(sums + j, load_up_to(sums + j, n) + d, n);
-    });
+    const float whole = a.image_factors ? a.image_factors[row / a.image_rows] : 1.f;
+    for (int64_t chunk = 0; chunk < a.columns; chunk += CHUNK) {
+      const int64_t columns = smaller(a.columns - chunk, CHUNK), first = row * a.columns + chunk;
+      const T* dy = static_cast<const T*>(a.dy) + first;
+      const T* z = static_cast<const T*>(a.z) + first;
+      T* dz = static_cast<T*>(a.dz) + first;
+      T* h = a.h ? static_cast<T*>(a.h) + first : nullptr;
+      const float* factor = a.dropout.on ? dropout_factors(a.dropout, row, chunk, columns, factors) : nullptr;
+      for_vectors(columns, [&](int64_t j, int n) {
+        const auto dropped = [&](vec v) {
+          if (factor) v = times_factor(v, load_up_to(factor + j, n));
+          return a.image_factors ? times_factor(v, all(whole)) : v;
+        };
+        vec d = dropped(load_up_to(dy + j, n));
+        if constexpr (activation != 0) {
+          const vec at = load_up_to(z + j, n);
+          d *= derivative_at(at, activation);
+          if (h) store_up_to(h + j, dropped(activated(at, activation)), n);
+        }
+        store_up_to(dz + j, d, n);
+        store_up_to(sums + chunk + j, load_up_to(sums + chunk + j, n) + d, n);
+      });
+    }
   }
 }
 
-static void gelu_backward(const GeluBackward& a, int64_t begin, int64_t end) {
+template <class T>
+static void epilogue_backward_parts(const EpilogueBackward& a, int64_t begin, int64_t end) {
   for (int64_t part = begin; part < end; ++part) {
-    if (a.type == Type::f32) {
-      gelu_backward_rows<float>(a, part);
+    if (a.activation == 0) {
+      epilogue_backward_rows<T, 0>(a, part);
+    } else if (a.activation == 1) {
+      epilogue_backward_rows<T, 1>(a, part);
     } else {
-      gelu_backward_rows<bf16>(a, part);
+      epilogue_backward_rows<T, 2>(a, part);
     }
+  }
+}
+
+static void epilogue_backward(const EpilogueBackward& a, int64_t begin, int64_t end) {
+  if (a.type == Type::f32) {
+    epilogue_backward_parts<float>(a, begin, end);
+  } else {
+    epilogue_backward_parts<bf16>(a, begin, end);
   }
 }
 

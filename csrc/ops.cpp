@@ -15,10 +15,14 @@ STABLE_TORCH_LIBRARY(vit_fast_cpp, m) {
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   m.def(
-      "linear_fwd(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual, bool keep_preactivation)"
-      " -> (Tensor y, Tensor z)");
-  m.def("linear_dgelu_bwd(Tensor dy, Tensor weight, Tensor z, str activation) -> (Tensor dz, Tensor dbias)");
-  m.def("gelu_bwd(Tensor dy, Tensor z, str activation) -> (Tensor dz, Tensor dbias)");
+      "linear_fwd(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual, bool keep_preactivation,"
+      " float dropout_p=0.0, float stochastic_depth_p=0.0, Tensor? seed=None) -> (Tensor y, Tensor z)");
+  m.def(
+      "linear_dgelu_bwd(Tensor dy, Tensor weight, Tensor z, str activation, float dropout_p=0.0, Tensor? seed=None,"
+      " bool keep_activation=False) -> (Tensor dz, Tensor dbias, Tensor h)");
+  m.def(
+      "epilogue_bwd(Tensor dy, Tensor? z, str? activation, float dropout_p=0.0, float stochastic_depth_p=0.0, Tensor? seed=None,"
+      " bool keep_activation=False) -> (Tensor dz, Tensor dbias, Tensor h)");
 
   m.def(
       "patch_embed_fwd(Tensor images, Tensor weight, Tensor bias, Tensor cls_token, Tensor position_embeddings,"

@@ -19,11 +19,9 @@ from vit_fast.kernels.attention_bwd import attention_bwd
 from vit_fast.kernels.attention_tiles import (
     HEADS_AND_STRIDES,
     add_product,
-    dropout_scale,
     dtypes_of,
     exp_shifted,
     in_elements,
-    kept,
     load_segments,
     load_tile,
     log_sum,
@@ -42,6 +40,7 @@ from vit_fast.kernels.attention_tiles import (
     zero_tile,
 )
 from vit_fast.kernels.common import Target, on_device, target_of, tuned
+from vit_fast.kernels.dropout import keep_limit, keep_scale, kept_probabilities
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -108,7 +107,7 @@ def _store_probabilities(probs_ptr, plane, rows, cols, N, probs_rows, probabilit
     tl.store(row_ptr + cols[None, :], probabilities.to(probs_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=HEADS_AND_STRIDES)
+@triton.jit(do_not_specialize=[*HEADS_AND_STRIDES, "dropout_limit"])
 def _attention_fwd_short_kernel(
     qkv_ptr,  # [B, N, 3, H, HEAD]
     seed_ptr,  # None without dropout
@@ -123,7 +122,7 @@ def _attention_fwd_short_kernel(
     part_stride,
     head_stride,
     scale,
-    dropout_p,
+    dropout_limit,
     dropout_scale,
     UNIT: tl.constexpr,  # of the four strides
     HEAD: tl.constexpr,
@@ -161,7 +160,7 @@ def _attention_fwd_short_kernel(
             total += tl.sum(p, 1)
             exponentials = exponentials + (p,)
             if DROPOUT:
-                keep = kept(seed_ptr, plane, rows[:, None], segment_tokens(SEGMENTS, i)[None, :], dropout_p)
+                keep = kept_probabilities(seed_ptr, plane, rows[:, None], segment_tokens(SEGMENTS, i)[None, :], dropout_limit)
                 p = tl.where(keep, p * dropout_scale, 0.0)
             acc = add_product(acc, p, values[i], PRECISION)
         inverse = _finish_rows(out_ptr, lse_ptr, plane, rows, N, H, acc, highest, total, scale, HEAD, PIECES, EXACT)
@@ -175,8 +174,8 @@ def _attention_fwd_short_kernel(
 
 @triton.jit
 def _attend(
-    q, highest, total, acc, k_ptr, part_stride, token_stride, rows, cols, N, plane, seed_ptr, scale, dropout_p, dropout_scale,
-    HEAD: tl.constexpr, PIECES: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    q, highest, total, acc, k_ptr, part_stride, token_stride, rows, cols, N, plane, seed_ptr, scale, dropout_limit,
+    dropout_scale, HEAD: tl.constexpr, PIECES: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: take in the keys ``cols``."""
@@ -188,13 +187,13 @@ def _attend(
     correction = exp_shifted(highest, shift, 0.0, scale, EXACT)
     total = total * correction + tl.sum(p, 1)
     if DROPOUT:
-        keep = kept(seed_ptr, plane, rows[:, None], cols[None, :], dropout_p)
+        keep = kept_probabilities(seed_ptr, plane, rows[:, None], cols[None, :], dropout_limit)
         p = tl.where(keep, p * dropout_scale, 0.0)
     v = load_tile(k_ptr + part_stride, cols, token_stride, N, HEAD, PIECES, MASKED)
     return new_highest, total, add_product(scale_tile(acc, correction[:, None]), p, v, PRECISION)
 
 
-@triton.jit(do_not_specialize=HEADS_AND_STRIDES)
+@triton.jit(do_not_specialize=[*HEADS_AND_STRIDES, "dropout_limit"])
 def _attention_fwd_streaming_kernel(
     qkv_ptr,  # [B, N, 3, H, HEAD]
     seed_ptr,  # None without dropout
@@ -209,7 +208,7 @@ def _attention_fwd_streaming_kernel(
     part_stride,
     head_stride,
     scale,
-    dropout_p,
+    dropout_limit,
     dropout_scale,
     UNIT: tl.constexpr,  # of the four strides
     HEAD: tl.constexpr,
@@ -238,12 +237,12 @@ def _attention_fwd_streaming_kernel(
     for start in range(0, full, COLUMNS):
         highest, total, acc = _attend(
             q, highest, total, acc, k_ptr, part_stride, token_stride, rows, start + tl.arange(0, COLUMNS), N, plane, seed_ptr,
-            scale, dropout_p, dropout_scale, HEAD, PIECES, DROPOUT, False, ACC, EXACT, PRECISION,
+            scale, dropout_limit, dropout_scale, HEAD, PIECES, DROPOUT, False, ACC, EXACT, PRECISION,
         )  # fmt: skip
     for i in tl.static_range(len(TAIL)):
         highest, total, acc = _attend(
             q, highest, total, acc, k_ptr, part_stride, token_stride, rows, full + segment_tokens(TAIL, i), N, plane, seed_ptr,
-            scale, dropout_p, dropout_scale, HEAD, PIECES, DROPOUT, i == len(TAIL) - 1, ACC, EXACT, PRECISION,
+            scale, dropout_limit, dropout_scale, HEAD, PIECES, DROPOUT, i == len(TAIL) - 1, ACC, EXACT, PRECISION,
         )  # fmt: skip
     inverse = _finish_rows(out_ptr, lse_ptr, plane, rows, N, H, acc, highest, total, scale, HEAD, PIECES, EXACT)
     if PROBS:
@@ -329,7 +328,7 @@ def attention_fwd(qkv, scale, dropout_p, seed, probs):
         kernel[(programs,)](
             qkv, seed if dropout_p > 0 else None, out, lse, probabilities,
             tokens, heads, 1 if probs == "class_token" else tokens, *strides,
-            scale, dropout_p, dropout_scale(dropout_p),
+            scale, keep_limit(dropout_p), keep_scale(dropout_p),
             UNIT=unit, HEAD=head, DROPOUT=dropout_p > 0, PROBS=probs in ("all", "class_token"), **numbers, **config,
         )  # fmt: skip
         if probs == "head_mean":

@@ -25,11 +25,9 @@ import triton.language as tl
 from vit_fast.kernels.attention_tiles import (
     HEADS_AND_STRIDES,
     add_product,
-    dropout_scale,
     dtypes_of,
     exp_shifted,
     in_elements,
-    kept,
     load_tile,
     lse_shift,
     masked_scores,
@@ -46,6 +44,7 @@ from vit_fast.kernels.attention_tiles import (
     zero_tile,
 )
 from vit_fast.kernels.common import Target, on_device, target_of, tuned
+from vit_fast.kernels.dropout import keep_limit, keep_scale, kept_probabilities
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
 
@@ -111,8 +110,8 @@ def _rows_and_dp(
     p = exp_shifted(s, high[:, None], low[:, None], scale, EXACT)
     dp = rows_by_rows(do, v, ACC, PRECISION)
     if DROPOUT:
-        seed_ptr, dropout_p, dropout_scale = dropout
-        dp = tl.where(kept(seed_ptr, plane, rows[:, None], cols[None, :], dropout_p), dp * dropout_scale, 0.0)
+        seed_ptr, dropout_limit, dropout_scale = dropout
+        dp = tl.where(kept_probabilities(seed_ptr, plane, rows[:, None], cols[None, :], dropout_limit), dp * dropout_scale, 0.0)
     return p, _add_dprobs(dp, dprobs, rows[:, None], cols[None, :], N, DPROBS)
 
 
@@ -205,8 +204,8 @@ def _take_queries(
         dp = rows_by_rows(v, do, ACC, PRECISION)
     p = exp_shifted(s, high[None, :], low[None, :], scale, EXACT)
     if DROPOUT:
-        seed_ptr, dropout_p, dropout_scale = dropout
-        keep = kept(seed_ptr, plane, rows[None, :], cols[:, None], dropout_p)
+        seed_ptr, dropout_limit, dropout_scale = dropout
+        keep = kept_probabilities(seed_ptr, plane, rows[None, :], cols[:, None], dropout_limit)
         dv = add_product(dv, tl.where(keep, p * dropout_scale, 0.0), do, PRECISION)
         dp = tl.where(keep, dp * dropout_scale, 0.0)
     else:
@@ -247,7 +246,7 @@ def _key_gradient(
     store_tile(dk_ptr + H * HEAD, cols, 3 * H * HEAD, N, dv, HEAD, PIECES)
 
 
-@triton.jit(do_not_specialize=[*HEADS_AND_STRIDES, "dout_image_stride", "dout_token_stride"])
+@triton.jit(do_not_specialize=[*HEADS_AND_STRIDES, "dout_image_stride", "dout_token_stride", "dropout_limit"])
 def _attention_bwd_kernel(
     dout_ptr,  # [B, N, H, HEAD], strides of its own for B and N
     qkv_ptr,  # [B, N, 3, H, HEAD]
@@ -260,7 +259,7 @@ def _attention_bwd_kernel(
     N, H, dprobs_rows,
     dout_image_stride, dout_token_stride, image_stride, token_stride, part_stride, head_stride,
     dprobs_image_stride, dprobs_head_stride, dprobs_row_stride, dprobs_col_stride,
-    scale, dropout_p, dropout_scale, dprobs_scale,
+    scale, dropout_limit, dropout_scale, dprobs_scale,
     GRADIENTS: tl.constexpr,  # "queries" (leaves δ), "keys" (takes δ), "both"
     UNIT: tl.constexpr,  # of the strides of dout and qkv
     HEAD: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
@@ -282,7 +281,7 @@ def _attention_bwd_kernel(
         delta_ptr += plane.to(tl.int64) * N
     if DPROBS:
         dprobs_ptr += image * dprobs_image_stride + head * dprobs_head_stride
-    dropout = (seed_ptr, dropout_p, dropout_scale)
+    dropout = (seed_ptr, dropout_limit, dropout_scale)
     dprobs = (dprobs_ptr, dprobs_rows, dprobs_row_stride, dprobs_col_stride, dprobs_scale)
     if GRADIENTS == "queries" or (GRADIENTS == "both" and tile < tiles):
         _query_gradient(
@@ -344,7 +343,7 @@ def attention_bwd(dout, qkv, out, lse, scale, dropout_p, seed, probs, dprobs):
             _attention_bwd_kernel[(images * heads * programs,)](
                 dout, qkv, out, lse, seed, dprobs, dqkv, delta,
                 tokens, heads, dprobs_rows, *strides, *dprobs_strides,
-                scale, dropout_p, dropout_scale(dropout_p), dprobs_scale,
+                scale, keep_limit(dropout_p), keep_scale(dropout_p), dprobs_scale,
                 GRADIENTS=gradients, UNIT=unit, HEAD=head, DROPOUT=dropout_p > 0, DPROBS=dprobs is not None,
                 **numbers, **config,
             )  # fmt: skip

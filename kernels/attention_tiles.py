@@ -80,11 +80,6 @@ def load_tile(ptr, rows, row_stride, N, HEAD: tl.constexpr, PIECES: tl.constexpr
     return pieces
 
 
-def dropout_scale(dropout_p: float) -> float:
-    """What a kept probability is multiplied by; 0 where none is kept."""
-    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-
-
 def stride_unit(*tensors: torch.Tensor) -> int:
     """The largest power of two, 16 bytes at most, that divides the tensors' outer strides.
 
@@ -226,14 +221,3 @@ def lse_shift(lse, scale, ACC: tl.constexpr, EXACT: tl.constexpr):
         return high, (shift - high.to(tl.float64)).to(ACC)
     else:
         return lse * LOG2E, tl.zeros_like(lse)
-
-
-@triton.jit
-def kept(seed_ptr, plane, rows, cols, dropout_p):
-    """Which probabilities dropout keeps: random numbers of (seed, image and head, query, key), the same whoever asks.
-
-    ``rows`` and ``cols`` come broadcastable against each other, as [R, 1] and [1, C] or the other way round.
-    """
-    cols, rows = tl.broadcast(cols, rows)
-    bits, _, _, _ = tl.philox(tl.load(seed_ptr), cols, rows, plane, 0)
-    return tl.uint_to_uniform_float(bits) >= dropout_p

@@ -88,12 +88,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 # Triton's interpreter keeps bfloat16 as its bits and multiplies those; products of bfloat16 are exact in float32.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, in the accumulator's dtype."""
-    if _INTERPRETED and a.dtype == tl.bfloat16:
+    if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

@@ -1,4 +1,4 @@
-r"""GELU and its derivative for the epilogues of `linear`, and the backward pass of GELU alone.
+r"""GELU and its derivative, for the epilogues of products and for the backward pass of one alone.
 
 .. math::
 
@@ -11,36 +11,9 @@ For 16-bit tensors Φ(x) is taken as σ(2u) too, with u the odd polynomial of de
 x·Φ(x): an exp2, a division and four multiply-adds instead of libdevice's erf. float32 and float64 take erf itself.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-
-from vit_fast.kernels.common import Target, on_device, target_of, tuned
-
-# ---- Launch choices -------------------------------------------------------------------------------------------------
-
-
-class Config(NamedTuple):
-    """A tile of the tensor, and how the programs run that walk down the rows, tile by tile."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    programs: int  # down the rows; as many beside them as there are blocks of columns
-
-
-_PROGRAMS_PER_MULTIPROCESSOR = 8  # all resident, at under 64 registers a thread; bounds the bias gradient's partial sums
-
-
-@tuned
-def gelu_bwd_config(rows: int, columns: int, target: Target) -> Config:
-    """The launch of the backward pass: 16 elements a thread, which is two 16-byte loads of each operand in 16 bit."""
-    block_rows, block_columns = 8, 256
-    resident = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * target.multiprocessors, triton.cdiv(columns, block_columns))
-    return Config(block_rows, block_columns, 4, 3, min(triton.cdiv(rows, block_rows), resident))
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -94,69 +67,3 @@ def gelu_derivative(x, ACTIVATION: tl.constexpr, ERF: tl.constexpr):
             return 0.5 + 0.5 * tl.erf(0.7071067811865476 * x) + x * density
         else:
             return _normal_cdf_sigmoid(x) + x * density
-
-
-# ---- Backward -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _gelu_bwd_kernel(
-    dy_ptr,
-    z_ptr,
-    dz_ptr,
-    partial_ptr,
-    rows,
-    columns,
-    row_stride,
-    ACTIVATION: tl.constexpr,
-    ERF: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    program = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
-    for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=STAGES):
-        row = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)  # row * stride passes 2**31
-        offsets = row[:, None] * row_stride + cols[None, :]
-        mask = (row < rows)[:, None] & (cols < columns)[None, :]
-        dy = tl.load(dy_ptr + offsets, mask, 0.0).to(ACC)
-        z = tl.load(z_ptr + offsets, mask, 0.0).to(ACC)
-        dz = dy * gelu_derivative(z, ACTIVATION, ERF)
-        tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask)
-        acc += dz
-    tl.store(partial_ptr + program.to(tl.int64) * columns + cols, tl.sum(acc, 0), cols < columns)
-
-
-def gelu_bwd(dy: torch.Tensor, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """dz = dy ∘ act'(z), and its sum over the rows: the gradient of the bias inside z.
-
-    :param dy: [..., M], contiguous, in any floating dtype; :param z: [..., M], contiguous.
-    :returns: dz [..., M] and dbias [M] in z's dtype. The sum is over unrounded values, in float32, in a fixed order.
-    """
-    columns = z.shape[-1]
-    rows = z.numel() // columns
-    dz = torch.empty_like(z)
-    config = gelu_bwd_config(rows, columns, target_of(z.device))
-    partial = z.new_empty((config.programs, columns), dtype=torch.promote_types(z.dtype, torch.float32))
-    if rows > 0:
-        with on_device(z):
-            _gelu_bwd_kernel[(config.programs, triton.cdiv(columns, config.columns))](
-                dy,
-                z,
-                dz,
-                partial,
-                rows,
-                columns,
-                columns,
-                ACTIVATION=activation,
-                ERF=takes_erf(z.dtype),
-                ACC=accumulator(z.dtype),
-                BLOCK_ROWS=config.rows,
-                BLOCK_COLUMNS=config.columns,
-                STAGES=config.stages,
-                num_warps=config.warps,
-            )
-    return dz, partial.sum(0).to(z.dtype)

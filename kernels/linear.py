@@ -1,8 +1,11 @@
-r"""A matrix product with its epilogue: bias, GELU and residual forward; GELU's derivative and the bias gradient backward.
+r"""A matrix product with its epilogue: bias, GELU, dropout and residual forward; their derivative backward.
 
 .. math::
 
-    y = \operatorname{act}(x W^\top + b) + r \qquad dz = (dy \, W) \circ \operatorname{act}'(z), \quad db = \sum_{rows} dz
+    y = s \, m \circ \operatorname{act}(x W^\top + b) + r \qquad
+    dz = m \circ (dy \, W) \circ \operatorname{act}'(z), \quad db = \sum_{rows} dz, \quad h = m \circ \operatorname{act}(z)
+
+m is dropout's mask and s stochastic depth's, one number an image, see `dropout`: the backward pass draws m again.
 
 One program computes one tile of the result. Tiles are small enough that a multiprocessor holds two programs, so that one's
 epilogue runs beside the other's product; a persistent kernel would need Triton's warp specialisation for the same overlap.
@@ -18,6 +21,8 @@ import triton
 import triton.language as tl
 
 from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of, tuned
+from vit_fast.kernels.dropout import image_factors, kept_strip, kept_words
+from vit_fast.kernels.epilogue import dropped
 from vit_fast.kernels.gelu import accumulator, gelu, gelu_derivative, takes_erf
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
@@ -142,12 +147,13 @@ def _strips(acc):
 # ---- Forward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "dropout_limit", "depth_limit", "image_rows"])
 def _linear_fwd_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     residual_ptr,
+    seed_ptr,  # None where nothing is dropped
     y_ptr,
     z_ptr,
     rows,
@@ -158,7 +164,14 @@ def _linear_fwd_kernel(
     weight_depth_stride,
     residual_row_stride,
     y_row_stride,
+    dropout_limit,
+    dropout_scale,
+    depth_limit,
+    depth_scale,
+    image_rows,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STOCHASTIC_DEPTH: tl.constexpr,
     ERF: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -189,9 +202,14 @@ def _linear_fwd_kernel(
         EVEN_COLUMNS,
         EVEN_DEPTH,
     )
+    first_column = column_block * BLOCK_COLUMNS
+    if STOCHASTIC_DEPTH:
+        factor = image_factors(seed_ptr, row, image_rows, depth_limit, depth_scale)[:, None]
+    if DROPOUT:
+        words = kept_words(seed_ptr, row, first_column, 1, dropout_limit)
     strips = _strips(acc)
     for i in tl.static_range(len(strips)):
-        col = column_block * BLOCK_COLUMNS + i * 32 + tl.arange(0, 32)
+        col = first_column + i * 32 + tl.arange(0, 32)
         mask = (row < rows)[:, None] & (col < columns)[None, :]
         offsets = row[:, None] * y_row_stride + col[None, :]
         y = strips[i]
@@ -201,6 +219,10 @@ def _linear_fwd_kernel(
             tl.store(z_ptr + offsets, y.to(z_ptr.dtype.element_ty), mask)
         if ACTIVATION is not None:
             y = gelu(y, ACTIVATION, ERF)
+        if DROPOUT:
+            y = tl.where(kept_strip(words, first_column, i), y * dropout_scale, 0.0)
+        if STOCHASTIC_DEPTH:
+            y = tl.where(factor != 0, y * factor, 0.0)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + row[:, None] * residual_row_stride + col[None, :], mask, 0.0).to(ACC)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
@@ -213,12 +235,17 @@ def linear_fwd(
     activation: str | None,
     residual: torch.Tensor | None,
     keep_preactivation: bool,
+    dropout_p: float = 0.0,
+    stochastic_depth_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = act(x Wᵀ + b) + residual, and z = x Wᵀ + b if it is to be kept.
+    """y = s m ∘ act(x Wᵀ + b) + residual, and z = x Wᵀ + b if it is to be kept.
 
     :param x: [..., K], its leading axes one stride apart, its last axis contiguous; :param weight: W, [M, K].
     :param bias: [M], contiguous, or None; :param residual: [..., M], strides as x, or None. It may be of a wider dtype.
     :param activation: None, "gelu" or "gelu_tanh".
+    :param dropout_p, stochastic_depth_p: in [0, 1]; the latter for each entry of x's first axis.
+    :param seed: int64 [1] on x's device; None where nothing is dropped.
     :returns: y [..., M] in the wider dtype of x and residual; z [..., M] in x's dtype, or [0].
     """
     columns, depth = weight.shape
@@ -229,12 +256,20 @@ def linear_fwd(
     if rows == 0:
         return y, z
     config = product_config(rows, columns, depth, x.dtype, target_of(x.device))
-    tensors = (x, weight, bias, residual, y, z if keep_preactivation else None)
+    tensors = (x, weight, bias, residual, seed, y, z if keep_preactivation else None)
     residual_row_stride = 0 if residual is None else residual.view(rows, columns).stride(0)
     strides = (x.view(rows, depth).stride(0), *weight.stride(), residual_row_stride, columns)
     with on_device(x):
         _linear_fwd_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
-            *tensors, rows, columns, depth, *strides, **_constants(config, columns, depth, x.dtype, activation)
+            *tensors,
+            rows,
+            columns,
+            depth,
+            *strides,
+            *dropped(dropout_p, stochastic_depth_p, x),
+            DROPOUT=dropout_p > 0,
+            STOCHASTIC_DEPTH=stochastic_depth_p > 0,
+            **_constants(config, columns, depth, x.dtype, activation),
         )
     return y, z
 
@@ -259,12 +294,14 @@ def _constants(config: Config, columns: int, depth: int, dtype: torch.dtype, act
 # ---- Backward -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "dropout_limit"])
 def _linear_dgelu_bwd_kernel(
     dy_ptr,
     weight_ptr,
     z_ptr,
+    seed_ptr,  # None without dropout
     dz_ptr,
+    h_ptr,  # None where it is not wanted
     partial_ptr,
     rows,
     columns,
@@ -273,7 +310,10 @@ def _linear_dgelu_bwd_kernel(
     weight_column_stride,
     weight_depth_stride,
     z_row_stride,
+    dropout_limit,
+    dropout_scale,
     ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     ERF: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -304,37 +344,66 @@ def _linear_dgelu_bwd_kernel(
         EVEN_COLUMNS,
         EVEN_DEPTH,
     )
+    first_column = column_block * BLOCK_COLUMNS
+    if DROPOUT:
+        words = kept_words(seed_ptr, row, first_column, 1, dropout_limit)
     strips = _strips(acc)
     for i in tl.static_range(len(strips)):
-        col = column_block * BLOCK_COLUMNS + i * 32 + tl.arange(0, 32)
+        col = first_column + i * 32 + tl.arange(0, 32)
         mask = (row < rows)[:, None] & (col < columns)[None, :]
         offsets = row[:, None] * z_row_stride + col[None, :]
         z = tl.load(z_ptr + offsets, mask, 0.0).to(ACC)
+        dz = strips[i] * gelu_derivative(z, ACTIVATION, ERF)
         # Rows past the end hold a copy of the last one: they must not reach the sum.
-        dz = tl.where((row < rows)[:, None], strips[i] * gelu_derivative(z, ACTIVATION, ERF), 0.0)
+        kept = (row < rows)[:, None]
+        if DROPOUT:
+            kept &= kept_strip(words, first_column, i)
+            dz *= dropout_scale
+        if h_ptr is not None:
+            h = gelu(z, ACTIVATION, ERF)
+            if DROPOUT:
+                h = tl.where(kept, h * dropout_scale, 0.0)
+            tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask)
+        dz = tl.where(kept, dz, 0.0)
         tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask)
         tl.store(partial_ptr + row_block.to(tl.int64) * columns + col, tl.sum(dz, 0), col < columns)
 
 
 def linear_dgelu_bwd(
-    dy: torch.Tensor, weight: torch.Tensor, z: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dz = (dy W) ∘ act'(z): the gradient of h = act(z)'s input where y = h Wᵀ; and its sum over the rows.
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    activation: str,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    keep_activation: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dz = m ∘ (dy W) ∘ act'(z), the gradient of z where y = h Wᵀ, h = m ∘ act(z); its sum over the rows; h on request.
 
     :param dy: [..., D], contiguous; :param weight: W, [D, F]; :param z: [..., F], contiguous. One dtype.
-    :returns: dz [..., F] and dbias [F] in that dtype. The sum is over unrounded values, in float32, in a fixed order.
+    :param dropout_p, seed: as the forward pass had them.
+    :returns: dz [..., F], dbias [F], and h [..., F] or [0], in that dtype. The sum is over unrounded values, in float32, in a
+        fixed order.
     """
     depth, columns = weight.shape
     rows = z.numel() // columns
-    dz = torch.empty_like(z)
+    dz, h = torch.empty_like(z), z.new_empty(z.shape if keep_activation else 0)
     config = product_config(rows, columns, depth, z.dtype, target_of(z.device))
     row_blocks = triton.cdiv(rows, config.rows)
     # One row a block of rows: 1/128 of dz's elements for the large tiles.
     partial = z.new_empty((row_blocks, columns), dtype=torch.promote_types(z.dtype, torch.float32))
-    tensors, strides = (dy, weight, z, dz, partial), (depth, *reversed(weight.stride()), columns)
+    tensors = (dy, weight, z, seed, dz, h if keep_activation else None, partial)
+    strides = (depth, *reversed(weight.stride()), columns)
     if rows > 0:
         with on_device(z):
             _linear_dgelu_bwd_kernel[(row_blocks * triton.cdiv(columns, config.columns),)](
-                *tensors, rows, columns, depth, *strides, **_constants(config, columns, depth, z.dtype, activation)
+                *tensors,
+                rows,
+                columns,
+                depth,
+                *strides,
+                *dropped(dropout_p, 0.0, dy)[:2],
+                DROPOUT=dropout_p > 0,
+                **_constants(config, columns, depth, z.dtype, activation),
             )
-    return dz, partial.sum(0).to(z.dtype)
+    return dz, partial.sum(0).to(z.dtype), h

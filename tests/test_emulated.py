@@ -231,11 +231,13 @@ def test_derivative_layouts(activation, columns, step, dtype):
     dy, weight = randn(7, 30, dtype=dtype, seed=2)[:, 3:27], randn(24, columns, dtype=dtype, seed=3, scale=0.2)
 
     def stock(dy, weight, z):
-        dz = torch.ops.aten.gelu_backward(dy @ weight, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-        return dz, dz.sum(0)
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        dz = torch.ops.aten.gelu_backward(dy @ weight, z, approximate=approximate)
+        return dz, dz.sum(0), torch.nn.functional.gelu(z, approximate=approximate)
 
     for w in (weight, weight.t().contiguous().t()):
-        actual = ops.linear_dgelu_bwd(dy, w, z, activation)
+        actual = ops.linear_dgelu_bwd(dy, w, z, activation, keep_activation=True)
+        assert ops.linear_dgelu_bwd(dy, w, z, activation)[2].numel() == 0
         assert_within_budget(actual, stock(dy, w, z), stock(*doubled((dy, w, z))))
 
 
@@ -245,12 +247,13 @@ def test_gelu_derivative_everywhere(activation, dtype):
     dy, z = randn(40, 104, dtype=dtype), torch.linspace(-14, 14, 40 * 104).to(dtype).view(40, 104)
 
     def stock(dy, z):
-        dz = torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-        return dz, dz.sum(0)
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        dz = torch.ops.aten.gelu_backward(dy, z, approximate=approximate)
+        return dz, dz.sum(0), torch.nn.functional.gelu(z, approximate=approximate)
 
     for of in (lambda t: t, lambda t: t[:, 3:].contiguous(), lambda t: t[17:24, :5].contiguous()):
         given = of(dy), of(z)
-        assert_within_budget(ops.gelu_bwd(*given, activation), stock(*given), stock(*doubled(given)))
+        assert_within_budget(ops.epilogue_bwd(*given, activation, keep_activation=True), stock(*given), stock(*doubled(given)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -351,8 +354,8 @@ def test_nothing_outside_is_read(at_end, dtype):
         for activation in ("gelu", "gelu_tanh"):
             _, z = ops.linear_fwd(x, weight, bias, activation, residual, True)
             ops.linear_fwd(x, guarded(weight.t()).t(), bias, activation, None, True)
-            ops.gelu_bwd(residual, guarded(z), activation)
-            ops.linear_dgelu_bwd(x, guarded(randn(depth, columns, dtype=dtype)), guarded(z), activation)
+            ops.epilogue_bwd(residual, guarded(z), activation, keep_activation=True)
+            ops.linear_dgelu_bwd(x, guarded(randn(depth, columns, dtype=dtype)), guarded(z), activation, keep_activation=True)
     for kind in (dtype, torch.uint8):
         for shape, patch, width in [((1, 3, 9, 11), (4, 5), 6), ((2, 1, 8, 8), (2, 2), 40), ((1, 2, 8, 16), (8, 8), 16)]:
             images = guarded(test_patch_embed.draw_images(shape, kind, CPU))

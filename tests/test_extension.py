@@ -126,14 +126,16 @@ def test_gelu_everywhere(activation):
 
     def stock(dy, z):
         dz = torch.ops.aten.gelu_backward(dy, z, approximate=ACTIVATIONS[activation])
-        return dz, dz.sum(0)
+        return dz, dz.sum(0), torch.nn.functional.gelu(z, approximate=ACTIVATIONS[activation])
 
-    assert_within_budget(ops.gelu_bwd(dy, z, activation), stock(dy, z), stock(dy.double(), z.double()))
+    assert_within_budget(
+        ops.epilogue_bwd(dy, z, activation, keep_activation=True), stock(dy, z), stock(dy.double(), z.double())
+    )
     inf = float("inf")
     special = torch.tensor([[-inf, -3e38, -1e30, 1e30, 3e38, inf]])
     y = ops.linear_fwd(special.T.contiguous(), torch.ones(1, 1), None, activation, None, False)[0].flatten()
     assert y.tolist() == [0.0, 0.0, 0.0, *special[0, 3:].tolist()]
-    derivative = ops.gelu_bwd(torch.ones(1, 6), special, activation)[0].flatten()
+    derivative = ops.epilogue_bwd(torch.ones(1, 6), special, activation)[0].flatten()
     assert derivative.tolist() == [0, 0, 0, 1, 1, 1]
     assert ops.linear_fwd(torch.full((1, 1), float("nan")), torch.ones(1, 1), None, activation, None, False)[0].isnan().all()
 
@@ -336,8 +338,13 @@ def test_opcheck(instruction_set):
     x, weight, bias, residual = test_linear.linear_inputs((3, 7), 10, 12, torch.float32, CPU, residual=True)
     check(ops.linear_fwd.default, (x, weight, bias, "gelu", residual, True))
     check(ops.linear_fwd.default, (x, weight, None, None, None, False))
+    seed = torch.tensor([5])
+    check(ops.linear_fwd.default, (x, weight, bias, "gelu", residual, True, 0.1, 0.2, seed))
     check(ops.linear_dgelu_bwd.default, (residual, randn(12, 9), randn(3, 7, 9), "gelu"))
-    check(ops.gelu_bwd.default, (residual, residual, "gelu_tanh"))
+    check(ops.linear_dgelu_bwd.default, (residual, randn(12, 9), randn(3, 7, 9), "gelu", 0.1, seed, True))
+    check(ops.epilogue_bwd.default, (residual, residual, "gelu_tanh"))
+    check(ops.epilogue_bwd.default, (residual, residual, "gelu", 0.1, 0.2, seed, True))
+    check(ops.epilogue_bwd.default, (residual, None, None, 0.0, 0.2, seed))
     qkv = test_attention.packed((2, 7, 2, 8))
     for probs in test_attention.PROBS:
         check(ops.attention_fwd.default, (qkv, 0.3, 0.0, None, probs))
@@ -367,12 +374,7 @@ def test_chosen_by_auto():
     assert operations["linear"].choose(x, randn(8, 16), None, None, None) == "cpp"
     assert operations["linear"].choose(x[:1], randn(8, 16), None, None, None) == "torch"
     assert operations["layer_norm"].choose(x.half(), weight.half(), bias.half(), 1e-6, None) == "torch"
-    assert operations["attention"].choose(test_attention.packed((1, 4, 2, 8)), 0.1, "none") == "torch"
-    with (
-        pytest.raises(RuntimeError, match="attention: implementation 'cpp' cannot run: it has no dropout"),
-        backends.use("cpp"),
-    ):
-        vit_fast.ops.attention(test_attention.packed((1, 4, 2, 8)), 2, 0.1)
+    assert operations["attention"].choose(test_attention.packed((1, 4, 2, 8)), 0.1, "none") == "cpp"
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -413,7 +415,7 @@ def test_nothing_outside_is_read(at_end, dtype):
         x, weight, bias, residual = map(guarded, test_linear.linear_inputs((rows,), depth, columns, dtype, CPU, residual=True))
         _, z = ops.linear_fwd(x, weight, bias, "gelu", residual, True)
         ops.linear_fwd(x, guarded(weight.t()).t(), bias, "gelu", residual, True)
-        ops.gelu_bwd(residual, guarded(z), "gelu")
+        ops.epilogue_bwd(residual, guarded(z), "gelu", 0.1, 0.2, torch.tensor([5]), True)
         ops.linear_dgelu_bwd(x, guarded(randn(depth, columns, dtype=dtype)), guarded(z), "gelu_tanh")
     for shape in [(1, 5, 2, 7), (1, 50, 1, 16), (2, 33, 1, 24)]:
         qkv = guarded(test_attention.packed(shape, dtype))
@@ -475,7 +477,7 @@ def test_past_2_to_31():
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
-X, W, B = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(6)
+X, W, B, SEED = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(6), torch.tensor([3])
 QKV, IMAGES = torch.zeros(1, 4, 3, 2, 8), torch.zeros(2, 3, 8, 8)
 EMBEDDING = torch.zeros(6, 3, 4, 4), B, torch.zeros(1, 1, 6), torch.zeros(1, 5, 6)
 REFUSED = [
@@ -502,13 +504,26 @@ REFUSED = [
     (lambda: ops.linear_fwd(X, W, B, "relu", None, False), "activation must be 'gelu' or 'gelu_tanh', got 'relu'"),
     (lambda: ops.linear_fwd(X, W, B, None, X, False), r"linear_fwd: residual must be \[4, 6\], got \[4, 8\]"),
     (lambda: ops.linear_dgelu_bwd(X, torch.zeros(8, 6), X, "gelu"), r"linear_dgelu_bwd: z must be \[4, 6\], got \[4, 8\]"),
-    (lambda: ops.gelu_bwd(X, W, "gelu"), r"gelu_bwd: dy must be \[6, 8\], got \[4, 8\]"),
-    (lambda: ops.gelu_bwd(X, X.t().contiguous().t(), "gelu"), "gelu_bwd: z must be contiguous"),
+    (lambda: ops.epilogue_bwd(X, W, "gelu"), r"epilogue_bwd: dy must be \[6, 8\], got \[4, 8\]"),
+    (lambda: ops.epilogue_bwd(X, X.t().contiguous().t(), "gelu"), "epilogue_bwd: z must be contiguous"),
+    (lambda: ops.epilogue_bwd(X, X, None), "epilogue_bwd: z must come with an activation and only then"),
+    (
+        lambda: ops.epilogue_bwd(X, None, None, keep_activation=True),
+        "epilogue_bwd: z must come with an activation and only then",
+    ),
+    (lambda: ops.epilogue_bwd(X, None, None, 0.5), "epilogue_bwd: dropout_p 0.5 needs a seed"),
+    (lambda: ops.linear_fwd(X, W, B, None, None, False, 1.5, 0.0, SEED), r"linear_fwd: dropout_p must be in \[0, 1\], got 1.5"),
+    (lambda: ops.linear_fwd(X, W, B, None, None, False, 0.0, 0.5), "linear_fwd: stochastic_depth_p 0.5 needs a seed"),
+    (lambda: ops.linear_fwd(X, W, B, None, None, False, 0.5, 0.0, SEED[:0]), r"linear_fwd: seed must be \[1\], got \[0\]"),
+    (
+        lambda: ops.linear_fwd(X, W, B, None, None, False, 0.5, 0.0, SEED.int()),
+        "linear_fwd: seed must be int64, got another dtype",
+    ),
     (
         lambda: ops.attention_fwd(QKV[0], 1.0, 0.0, None, "none"),
         r"attention_fwd: qkv must have 5 axes, got shape \[4, 3, 2, 8\]",
     ),
-    (lambda: ops.attention_fwd(QKV, 1.0, 0.5, None, "none"), "attention_fwd: dropout_p must be 0 on a CPU, got 0.5"),
+    (lambda: ops.attention_fwd(QKV, 1.0, 0.5, None, "none"), "attention_fwd: dropout_p 0.5 needs a seed"),
     (lambda: ops.attention_fwd(QKV, 1.0, 0.0, None, "some"), "probs must be none, all, class_token or head_mean, got 'some'"),
     (lambda: ops.attention_fwd(QKV.transpose(3, 4), 1.0, 0.0, None, "none"), "qkv's last axis must be contiguous"),
     (

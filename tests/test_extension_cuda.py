@@ -101,7 +101,7 @@ def test_registered():
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [str(schema.name) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("vit_fast_cpp::")]
     with_kernels = {name.removeprefix("vit_fast_cpp::") for name in names if has(name, "CUDA")}
-    wanted = {"linear_fwd", "linear_dgelu_bwd", "gelu_bwd", "layer_norm_fwd", "layer_norm_bwd"}
+    wanted = {"linear_fwd", "linear_dgelu_bwd", "epilogue_bwd", "layer_norm_fwd", "layer_norm_bwd"}
     assert with_kernels == wanted | {"patch_embed_fwd", "patch_embed_bwd"}
 
 
@@ -148,7 +148,11 @@ REFUSED = [
     ("linear_fwd", (X, W, B, None, X, False), r"linear_fwd: residual must be \[4, 6\], got \[4, 8\]"),
     ("linear_fwd", (X, torch.zeros(12, 16)[::2, ::2], B, None, None, False), "weight must be contiguous along one axis"),
     ("linear_dgelu_bwd", (X, W.t(), X, "gelu"), r"linear_dgelu_bwd: z must be \[4, 6\], got \[4, 8\]"),
-    ("gelu_bwd", (X, X[:2], "gelu"), r"gelu_bwd: dy must be \[2, 8\], got \[4, 8\]"),
+    ("epilogue_bwd", (X, X[:2], "gelu"), r"epilogue_bwd: dy must be \[2, 8\], got \[4, 8\]"),
+    ("epilogue_bwd", (X, None, None), "epilogue_bwd: z and an activation must be there"),
+    ("epilogue_bwd", (X, X, "gelu", 0.5), "epilogue_bwd: on a GPU dropout_p and stochastic_depth_p must be 0, got 0.5 and 0"),
+    ("linear_fwd", (X, W, B, None, None, False, 0.0, 0.5), "linear_fwd: on a GPU dropout_p and stochastic_depth_p must be 0"),
+    ("linear_dgelu_bwd", (X, W.t(), X, "gelu", 0.5), "linear_dgelu_bwd: on a GPU dropout_p and stochastic_depth_p must be 0"),
     ("patch_embed_fwd", (IMAGES[0], *EMBEDDING, None, None), "images must have 4 axes"),
     ("patch_embed_fwd", (IMAGES.byte(), *EMBEDDING, None, None), "uint8 images need mean and std, got neither"),
     ("patch_embed_fwd", (IMAGES[:, :, :3], *EMBEDDING, None, None), "hold no patch of"),

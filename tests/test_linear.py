@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from hardware import GPU
 
 from vit_fast import backends
-from vit_fast.kernels import gelu as gelu_kernels
+from vit_fast.kernels import epilogue as epilogue_kernels
 from vit_fast.kernels import linear as kernels
 from vit_fast.kernels.common import TARGETS, Target
-from vit_fast.ops.linear import linear, mlp
+from vit_fast.ops.linear import linear
+from vit_fast.ops.mlp import mlp
 from vit_fast.testing import assert_within_budget, randn, with_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -27,7 +28,7 @@ def small_groups(monkeypatch):
     """In the interpreter: so that small shapes, too, have several groups of tiles and several steps down the rows."""
     if not GPU:
         monkeypatch.setattr(kernels, "_GROUP", 2)
-        monkeypatch.setattr(gelu_kernels, "target_of", lambda device: Target("cuda", 80, 1, 163 * 1024))
+        monkeypatch.setattr(epilogue_kernels, "target_of", lambda device: Target("cuda", 80, 1, 163 * 1024))
 
 
 def linear_inputs(leading, depth, columns, dtype, device, bias=True, residual=False):
@@ -137,11 +138,14 @@ def test_gelu_derivative_is_accurate_everywhere(dtype, activation, device):
     dy = randn(6, 200, dtype=dtype, device=device)
 
     def stock(dy, z):
-        dz = torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-        return dz, dz.sum(0)
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        dz = torch.ops.aten.gelu_backward(dy, z, approximate=approximate)
+        return dz, dz.sum(0), F.gelu(z, approximate=approximate)
 
-    actual = torch.ops.vit_fast.gelu_bwd(dy, z, activation)
-    assert_within_budget(actual, stock(dy, z), stock(dy.double(), z.double()), "dz and dbias")
+    actual = torch.ops.vit_fast.epilogue_bwd(dy, z, activation, keep_activation=True)
+    assert_within_budget(actual, stock(dy, z), stock(dy.double(), z.double()), "dz, dbias and h")
+    dz, dbias, h = torch.ops.vit_fast.epilogue_bwd(dy, z, activation)
+    assert torch.equal(dz, actual[0]) and torch.equal(dbias, actual[1]) and h.numel() == 0
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -219,7 +223,7 @@ def test_past_2_to_31(device):
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # the pages that nobody touches are never committed
     try:
-        storage = torch.empty(4 * stride + 512, dtype=torch.bfloat16, device=device)
+        storage = torch.empty(4 * stride + 640, dtype=torch.bfloat16, device=device)
     except RuntimeError as error:
         pytest.skip(f"needs {8 * 2**30} bytes of address space: {error}")
     finally:
@@ -236,28 +240,34 @@ def test_past_2_to_31(device):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
     # What the launchers allocate themselves has contiguous rows: the kernels take a row stride, so they are launched directly.
-    def product(kernel, *arguments, columns, depth):
+    def product(kernel, *arguments, columns, depth, **constants):
         config = kernels.product_config(3, columns, depth, torch.bfloat16, kernels.target_of(x.device))
-        kernel[(1,)](*arguments, **kernels._constants(config, columns, depth, torch.bfloat16, "gelu"))
+        constants |= kernels._constants(config, columns, depth, torch.bfloat16, "gelu")
+        kernel[(1,)](*arguments, **constants)
 
     y, z = far(torch.zeros_like(residual), 192), far(torch.zeros_like(residual), 256)
     sizes = (3, 3, 40, 40, weight.stride(0), 1, 3, stride)
-    product(kernels._linear_fwd_kernel, x, weight, bias, residual, y, z, *sizes, columns=3, depth=40)
+    none = (0, 1.0, 0, 1.0, 1)  # nothing is dropped
+    arguments = (x, weight, bias, residual, None, y, z, *sizes, *none)
+    product(kernels._linear_fwd_kernel, *arguments, columns=3, depth=40, DROPOUT=False, STOCHASTIC_DEPTH=False)
     assert torch.equal(y, expected[0]) and torch.equal(z, expected[1])
 
     dy, weight2 = randn(3, 8, dtype=torch.bfloat16, device=device), randn(8, 3, dtype=torch.bfloat16, device=device, seed=1)
-    expected = kernels.linear_dgelu_bwd(dy, weight2, z.contiguous(), "gelu")
+    expected = kernels.linear_dgelu_bwd(dy, weight2, z.contiguous(), "gelu", keep_activation=True)
+    h = far(torch.zeros_like(residual), 512)
     dz, partial = far(torch.zeros_like(residual), 320), torch.empty(1, 3, device=device)
     sizes = (3, 3, 8, stride, 1, 3, stride)
-    product(kernels._linear_dgelu_bwd_kernel, far(dy, 384), weight2, z, dz, partial, *sizes, columns=3, depth=8)
-    assert torch.equal(dz, expected[0]) and torch.equal(partial[0].bfloat16(), expected[1])
+    arguments = (far(dy, 384), weight2, z, None, dz, h, partial, *sizes, *none[:2])
+    product(kernels._linear_dgelu_bwd_kernel, *arguments, columns=3, depth=8, DROPOUT=False)
+    assert torch.equal(dz, expected[0]) and torch.equal(partial[0].bfloat16(), expected[1]) and torch.equal(h, expected[2])
 
     dy = randn(3, 3, dtype=torch.bfloat16, device=device)
-    expected = gelu_kernels.gelu_bwd(dy, z.contiguous(), "gelu")
-    constants = dict(ACTIVATION="gelu", ERF=False, ACC=gelu_kernels.accumulator(torch.bfloat16), STAGES=2)
-    arguments = (far(dy, 448), z, dz, partial, 3, 3, stride)
-    gelu_kernels._gelu_bwd_kernel[(1, 1)](*arguments, **constants, BLOCK_ROWS=16, BLOCK_COLUMNS=16)
-    assert torch.equal(dz, expected[0]) and torch.equal(partial[0].bfloat16(), expected[1])
+    expected = epilogue_kernels.epilogue_bwd(dy, z.contiguous(), "gelu", keep_activation=True)
+    constants = dict(ACTIVATION="gelu", ERF=False, ACC=epilogue_kernels.accumulator(torch.bfloat16), STAGES=2)
+    constants |= dict(DROPOUT=False, STOCHASTIC_DEPTH=False, BLOCK_ROWS=16, BLOCK_COLUMNS=32)
+    h.zero_()
+    epilogue_kernels._epilogue_bwd_kernel[(1, 1)](far(dy, 448), z, None, dz, h, partial, 3, 3, stride, *none, **constants)
+    assert torch.equal(dz, expected[0]) and torch.equal(partial[0].bfloat16(), expected[1]) and torch.equal(h, expected[2])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
@@ -451,7 +461,11 @@ def test_opcheck(device):
     ):
         torch.library.opcheck(ops.linear_fwd.default, arguments)
     torch.library.opcheck(ops.linear_dgelu_bwd.default, (x, weight.t(), residual, "gelu"))
-    torch.library.opcheck(ops.gelu_bwd.default, (residual.float(), residual, "gelu"))
+    torch.library.opcheck(ops.epilogue_bwd.default, (residual.float(), residual, "gelu"))
+    seed = torch.tensor([5], device=device)
+    torch.library.opcheck(ops.linear_fwd.default, (x, weight, bias, "gelu", residual, True, 0.1, 0.2, seed))
+    torch.library.opcheck(ops.linear_dgelu_bwd.default, (x, weight.t(), residual, "gelu", 0.1, seed, True))
+    torch.library.opcheck(ops.epilogue_bwd.default, (residual, None, None, 0.1, 0.2, seed))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -498,7 +512,7 @@ def test_choices_fit_their_target(target):
     large, small = (kernels.product_config(rows, 768, 768, torch.bfloat16, target) for rows in (25216, 50))
     assert large.rows * large.columns > small.rows * small.columns
     for rows, columns in ((25216, 3072), (50, 3072), (1, 1)):
-        config = gelu_kernels.gelu_bwd_config(rows, columns, target)
+        config = epilogue_kernels.epilogue_bwd_config(rows, columns, target)
         assert 1 <= config.programs <= -(-rows // config.rows)
         assert (config.programs - 1) * -(-columns // config.columns) <= 8 * target.multiprocessors
 

@@ -32,8 +32,8 @@ def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple]:
     return {
         "patch_embed": (empty(1, 3, 224, 224), *embedding, None, None),
         "layer_norm": (x, vector, vector, 1e-6, None),
-        "linear": (x, empty(width, width), vector, None, x),
-        "mlp": (x, *fc1, *fc2, "gelu", x),
+        "linear": (x, empty(width, width), vector, None, x, 0.0, 0.0),
+        "mlp": (x, *fc1, *fc2, "gelu", x, 0.0, 0.0),
         "attention": (empty(1, tokens, 3, heads, width // heads), 0.0, "none"),
     }
 

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_fast import backends, ops
 from vit_fast.configs import CONFIGS
+from vit_fast.ops.linear import stochastic_depth
 from vit_fast.packing import PackedLinears
 from vit_fast.resnet import ResNetV2
 
@@ -93,8 +94,9 @@ class Attention(nn.Module):
     that attend separately, each to something else; the division by √d keeps the scores' variance, and with it the softmax's
     slope, the same for every head size. Position plays no part here: it is in the tokens since `Embeddings`.
 
-    In: [B,N,D], and optionally a residual [B,N,D] that is added to y. Out: (y [B,N,D], A [B,h,N,N] if ``vis`` else None); A is
-    taken before dropout. Cost: 8·N·D² + 4·N²·D operations an image. [Attn] section 3.2, [ViT] appendix A.
+    In: [B,N,D]; optionally a residual [B,N,D] that is added to y, and the probability with which stochastic depth leaves y out
+    of an image's sum. Out: (y [B,N,D], A [B,h,N,N] if ``vis`` else None); A is taken before dropout. Cost: 8·N·D² + 4·N²·D
+    operations an image. [Attn] section 3.2, [ViT] appendix A.
     """
 
     def __init__(self, config, vis: bool):
@@ -119,18 +121,18 @@ class Attention(nn.Module):
         self._pack()
         self.register_load_state_dict_post_hook(_pack_after_loading)
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, stochastic_depth_p: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
         parts = (self.query, self.key, self.value, self.out, self.attn_dropout, self.proj_dropout, self.softmax)
         if backends.selected() == "reference" or not _untouched(*parts):
-            return self._steps(hidden_states, residual)
+            return self._steps(hidden_states, residual, stochastic_depth_p)
         attended = ops.attention(
             self._qkv(hidden_states), self.num_attention_heads, _dropout_rate(self.attn_dropout), return_probs=self.vis
         )
         context, weights = attended if self.vis else (attended, None)
-        if _dropout_rate(self.proj_dropout) == 0.0:
-            return ops.linear(context, self.out.weight, self.out.bias, residual=residual), weights
-        y = self.proj_dropout(ops.linear(context, self.out.weight, self.out.bias))
-        return (y if residual is None else y + residual), weights
+        dropped = (_dropout_rate(self.proj_dropout), stochastic_depth_p)
+        return ops.linear(context, self.out.weight, self.out.bias, None, residual, *dropped), weights
 
     def _qkv(self, x: Tensor) -> Tensor:
         """The three projections of x in one array, [B,N,3·D]; one product when their parameters lie side by side."""
@@ -143,7 +145,7 @@ class Attention(nn.Module):
             return ops.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
         return torch.stack([ops.linear(x, layer.weight, layer.bias) for layer in layers], dim=-2).flatten(-2)
 
-    def _steps(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _steps(self, x: Tensor, residual: Tensor | None, stochastic_depth_p: float) -> tuple[Tensor, Tensor | None]:
         query, key, value = (self.transpose_for_scores(layer(x)) for layer in (self.query, self.key, self.value))
         scores = torch.matmul(query, key.transpose(-1, -2))
         scores = scores / math.sqrt(self.attention_head_size)
@@ -151,7 +153,7 @@ class Attention(nn.Module):
         weights = probabilities if self.vis else None
         context = torch.matmul(self.attn_dropout(probabilities), value)
         context = context.permute(0, 2, 1, 3).contiguous().flatten(2)
-        y = self.proj_dropout(self.out(context))
+        y = stochastic_depth(self.proj_dropout(self.out(context)), stochastic_depth_p)
         return (y if residual is None else y + residual), weights
 
     def transpose_for_scores(self, x: Tensor) -> Tensor:
@@ -185,8 +187,8 @@ class Mlp(nn.Module):
     .. math:: y = \operatorname{GELU}(x W_1^\top + b_1) W_2^\top + b_2 \qquad \operatorname{GELU}(z) = z \, \Phi(z)
 
     Φ is the standard normal distribution function, by the exact erf. The hidden layer is 4·D wide in all published sizes; two
-    thirds of a ViT's multiplications happen here. In: [B,N,D], and optionally a residual that is added. Out: [B,N,D].
-    [ViT] eq. 3 and section 3.1.
+    thirds of a ViT's multiplications happen here. In: [B,N,D]; optionally a residual that is added, and the probability with
+    which stochastic depth leaves y out of an image's sum. Out: [B,N,D]. [ViT] eq. 3 and section 3.1.
     """
 
     def __init__(self, config):
@@ -200,16 +202,13 @@ class Mlp(nn.Module):
         nn.init.normal_(self.fc1.bias, std=1e-6)
         nn.init.normal_(self.fc2.bias, std=1e-6)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, stochastic_depth_p: float = 0.0) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if backends.selected() == "reference" or self.act_fn is not F.gelu or not _untouched(fc1, fc2, self.dropout):
-            y = self.dropout(fc2(self.dropout(self.act_fn(fc1(x)))))
+            y = stochastic_depth(self.dropout(fc2(self.dropout(self.act_fn(fc1(x))))), stochastic_depth_p)
             return y if residual is None else y + residual
-        if _dropout_rate(self.dropout) == 0.0:
-            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual=residual)
-        hidden = self.dropout(ops.linear(x, fc1.weight, fc1.bias, activation="gelu"))
-        y = self.dropout(ops.linear(hidden, fc2.weight, fc2.bias))
-        return y if residual is None else y + residual
+        dropped = (_dropout_rate(self.dropout), stochastic_depth_p)
+        return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, "gelu", residual, *dropped)
 
 
 MLP = Mlp
@@ -312,8 +311,9 @@ class Block(nn.Module):
     untouched, which is what lets deep stacks train. In: [B,N,D]. Out: (x [B,N,D], attention weights or None). [ViT] eq. 2-3,
     figure 1.
 
-    Not in the original: ``stochastic_depth_rate``, the probability with which, in training, a half is left out for an image
-    (Huang et al., Deep Networks with Stochastic Depth, 2016). `Encoder` sets it where the configuration asks for it.
+    Not in the original: ``stochastic_depth_rate``, the probability with which, in training, a half is left out for an image and
+    what is not is divided by 1 - rate (Huang et al., Deep Networks with Stochastic Depth, 2016). `Encoder` sets it where the
+    configuration asks for it.
     """
 
     def __init__(self, config, vis: bool):
@@ -326,28 +326,19 @@ class Block(nn.Module):
         self.attn = Attention(config, vis)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.training and self.stochastic_depth_rate > 0.0:
-            h, weights = self.attn(self.attention_norm(x))
-            x = self._sometimes(x, h)
-            return self._sometimes(x, self.ffn(self.ffn_norm(x))), weights
+        p = self.stochastic_depth_rate if self.training else 0.0
         # Each half adds the residual itself, in the epilogue of its last product, unless somebody watches what comes out of it.
         if _untouched(self.attn):
-            x, weights = self.attn(self.attention_norm(x), residual=x)
+            x, weights = self.attn(self.attention_norm(x), x, p)
         else:
             h = x
             x, weights = self.attn(self.attention_norm(x))
-            x = x + h
+            x = stochastic_depth(x, p) + h
         if _untouched(self.ffn):
-            x = self.ffn(self.ffn_norm(x), residual=x)
+            x = self.ffn(self.ffn_norm(x), x, p)
         else:
-            x = self.ffn(self.ffn_norm(x)) + x
+            x = stochastic_depth(self.ffn(self.ffn_norm(x)), p) + x
         return x, weights
-
-    def _sometimes(self, x: Tensor, half: Tensor) -> Tensor:
-        """x + half, for each image with probability 1 - rate, and scaled so that the mean is that of always adding it."""
-        kept = 1.0 - self.stochastic_depth_rate
-        scale = half.new_empty((half.shape[0], 1, 1)).bernoulli_(kept).div_(max(kept, 1e-12))
-        return torch.addcmul(x, half.to(x.dtype), scale.to(x.dtype))
 
     def load_from(self, weights, n_block) -> None:
         """Copy block ``n_block`` of Google's arrays (a mapping such as ``np.load`` gives) into this one."""

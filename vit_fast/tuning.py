@@ -58,12 +58,12 @@ def _layer_norm(x, weight, bias, eps, residual):
     return _class_of(x.numel() // max(columns, 1), _ROWS), (columns, residual is not None)
 
 
-def _linear(x, weight, bias, activation, residual):
+def _linear(x, weight, bias, activation, residual, *dropped):
     outputs, inputs = weight.shape
     return _class_of(x.numel() // max(inputs, 1), _ROWS), (inputs, outputs, activation, residual is not None)
 
 
-def _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual):
+def _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual, *dropped):
     hidden, inputs = fc1_weight.shape
     rows = _class_of(x.numel() // max(inputs, 1), _ROWS)
     return rows, (inputs, hidden, fc2_weight.shape[0], activation, residual is not None)

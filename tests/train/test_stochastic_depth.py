@@ -64,21 +64,32 @@ def test_by_the_formula(implementation):
     assert counts.sum() == 64 and counts.min() >= 6  # 16 on average, deviation 3.5
 
 
-def test_the_mean_is_that_of_always():
-    block = model(0.3).transformer.encoder.layer[2].train()
-    x = torch.randn(1, 4, 192, generator=torch.Generator().manual_seed(2)).expand(4000, -1, -1)
-    with torch.no_grad():
-        scale = (block._sometimes(torch.zeros_like(x), torch.ones_like(x)))[:, 0, 0]
-    assert scale.unique().tolist() == [0.0, pytest.approx(1 / 0.7)] and abs(float(scale.mean()) - 1) < 0.05
-
-
-def test_the_fused_operations_still_compute(monkeypatch):
+def test_inside_the_fused_operations(monkeypatch):
+    """They are handed every rate, and nothing is dropped, scaled or added beside them."""
     called = []
-    for name in ("attention", "mlp", "layer_norm"):
+    for name in ("attention", "linear", "mlp", "layer_norm"):
         real = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, _real=real, _name=name, **k: called.append(_name) or _real(*a, **k))
-    model(0.5).train()(images())
-    assert called.count("attention") == called.count("mlp") == 3 and called.count("layer_norm") == 7
+        monkeypatch.setattr(ops, name, lambda *a, _real=real, _name=name, **k: called.append((_name, a)) or _real(*a, **k))
+    m = model(0.5).train()
+    for block in m.transformer.encoder.layer:
+        block.attn.attn_dropout.p, block.attn.proj_dropout.p, block.ffn.dropout.p = 0.1, 0.2, 0.3
+    m(images())
+    rates = [(0.2, p) for p in (0.0, 0.25, 0.5)]
+    assert [a[-2:] for name, a in called if name == "linear" and len(a) > 3] == rates
+    assert [a[-2:] for name, a in called if name == "mlp"] == [(0.3, p) for _, p in rates]
+    assert [a[2] for name, a in called if name == "attention"] == 3 * [0.1]
+    assert sum(name == "layer_norm" for name, _ in called) == 7
+
+
+@pytest.mark.parametrize("where", ["attn", "ffn", "attn.out", "ffn.fc2"])
+def test_with_a_hook_too(where):
+    """Where somebody watches, the halves are left out all the same."""
+    m = model(1.0).train()
+    block = m.transformer.encoder.layer[2]
+    seen = []
+    block.get_submodule(where).register_forward_hook(lambda *args: seen.append(args[2]))
+    hidden = torch.randn(2, 5, 192)
+    assert torch.equal(block(hidden)[0], hidden) and len(seen) == 1
 
 
 def test_rate_one_leaves_the_last_block_out():

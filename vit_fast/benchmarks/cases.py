@@ -131,10 +131,10 @@ def _attention(s: Shape) -> list[Case]:
 
 
 def _linear(s: Shape) -> list[Case]:
-    def case(variant, inputs, outputs, activation=None, residual=False, hot=True):
+    def case(variant, inputs, outputs, activation=None, residual=False, hot=True, dropped=()):
         def arguments(make):
             x, r = make(s.batch, s.tokens, inputs), make(s.batch, s.tokens, outputs) if residual else None
-            return x, make(outputs, inputs, scale=inputs**-0.5), make(outputs), activation, r
+            return x, make(outputs, inputs, scale=inputs**-0.5), make(outputs), activation, r, *dropped
 
         def work(direction, itemsize):
             return roofline.linear(direction, s.rows, inputs, outputs, itemsize, residual, activation is not None)
@@ -148,20 +148,24 @@ def _linear(s: Shape) -> list[Case]:
         case("fc1+gelu", s.width, s.hidden, activation="gelu"),
         case("fc1+gelu_tanh", s.width, s.hidden, activation="gelu_tanh", hot=False),
         case("fc2+residual", s.hidden, s.width, residual=True),
+        case("out+dropout+residual", s.width, s.width, residual=True, hot=False, dropped=(0.1, 0.1)),
     ]
 
 
 def _mlp(s: Shape) -> list[Case]:
-    def arguments(make):
-        x = (s.batch, s.tokens, s.width)
-        first = make(s.hidden, s.width, scale=s.width**-0.5), make(s.hidden)
-        second = make(s.width, s.hidden, scale=s.hidden**-0.5), make(s.width)
-        return make(*x), *first, *second, "gelu", make(*x)
+    def case(variant, hot=True, dropped=()):
+        def arguments(make):
+            x = (s.batch, s.tokens, s.width)
+            first = make(s.hidden, s.width, scale=s.width**-0.5), make(s.hidden)
+            second = make(s.width, s.hidden, scale=s.hidden**-0.5), make(s.width)
+            return make(*x), *first, *second, "gelu", make(*x), *dropped
 
-    def work(direction, itemsize):
-        return roofline.mlp(direction, s.rows, s.width, s.hidden, itemsize, residual=True)
+        def work(direction, itemsize):
+            return roofline.mlp(direction, s.rows, s.width, s.hidden, itemsize, residual=True)
 
-    return [Case("mlp", "+residual", s, True, arguments, work)]
+        return Case("mlp", variant, s, hot, arguments, work)
+
+    return [case("+residual"), case("+dropout+residual", hot=False, dropped=(0.1, 0.1))]
 
 
 def _patch_embed(s: Shape) -> list[Case]:

@@ -96,13 +96,13 @@ def linear(
 def mlp(direction: str, rows: int, inputs: int, hidden: int, itemsize: int, residual: bool = False) -> Work:
     """Two products with the hidden layer written once and read once.
 
-    Backward: dz = (dy W₂)·act'(z) written once, read by the two products that need it; z and act(z) read once each.
+    Backward: z read, dz = (dy W₂)·act'(z) and act(z) written, and read by the products that need them.
     """
     if direction != "backward":
         first = linear(direction, rows, inputs, hidden, itemsize, activation=True)
         return first + linear(direction, rows, hidden, inputs, itemsize, residual=residual)
     weights = 2 * inputs * hidden + inputs + hidden
-    moved = 3 * rows * inputs + 4 * rows * hidden + 2 * weights  # dy, x, dx; z, act(z), dz twice
+    moved = 3 * rows * inputs + 5 * rows * hidden + 2 * weights  # dy, x, dx; z; dz and act(z) twice each
     return Work(8.0 * rows * inputs * hidden, itemsize * moved)
 
 

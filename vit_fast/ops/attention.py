@@ -173,8 +173,6 @@ def _cpp_supports(qkv, dropout_p, probs):
         return reason
     if qkv.device.type != "cpu":
         return "its attention is for CPUs: on a GPU that is Triton's"
-    if dropout_p > 0:
-        return "it has no dropout"
     if qkv.shape[-1] == 0:
         return "its heads hold at least one channel, got 0"
     if torch.is_autocast_enabled("cpu"):
