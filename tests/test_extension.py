@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import test_attention
+import test_dropout
 import test_layer_norm
 import test_linear
 import test_patch_embed
@@ -108,6 +109,27 @@ def test_linear_without_epilogue(dtype):
 @pytest.mark.parametrize("activation, residual", [("gelu", True), ("gelu_tanh", False)])
 def test_mlp_results(activation, residual, shape, dtype):
     test_linear.check(test_linear.mlp_of(activation), "cpp", test_linear.mlp_inputs(*shape, dtype, CPU, residual))
+
+
+# Masks of whole groups of 128 columns and of parts; either operand packed; more columns and rows than a block.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, depth, columns", [*test_dropout.SHAPES, ((230,), 33, 40), ((67,), 40, 530), ((3,), 9, 700)])
+def test_linear_that_drops(shape, depth, columns, dtype):
+    test_dropout.test_linear("gelu", True, 0.3, 0.4, shape, depth, columns, "cpp", dtype, CPU)
+    test_dropout.test_linear_otherwise("a transposed weight", "cpp", dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7), (), (40, 3)], ids=str)
+def test_mlp_that_drops(shape, dtype):
+    test_dropout.test_mlp("gelu_tanh", True, 0.2, 0.4, shape, "cpp", dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probs", test_attention.PROBS)
+@pytest.mark.parametrize("tokens, size", [(5, 8), (65, 17), (197, 16)])
+def test_attention_that_drops(tokens, size, probs, dtype):
+    test_dropout.test_attention(probs, tokens, size, "cpp", dtype, CPU)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
@@ -415,6 +437,7 @@ def test_nothing_outside_is_read(at_end, dtype):
         x, weight, bias, residual = map(guarded, test_linear.linear_inputs((rows,), depth, columns, dtype, CPU, residual=True))
         _, z = ops.linear_fwd(x, weight, bias, "gelu", residual, True)
         ops.linear_fwd(x, guarded(weight.t()).t(), bias, "gelu", residual, True)
+        ops.linear_fwd(x, weight, bias, "gelu", residual, True, 0.1, 0.2, guarded(torch.tensor([5])))
         ops.epilogue_bwd(residual, guarded(z), "gelu", 0.1, 0.2, torch.tensor([5]), True)
         ops.linear_dgelu_bwd(x, guarded(randn(depth, columns, dtype=dtype)), guarded(z), "gelu_tanh")
     for shape in [(1, 5, 2, 7), (1, 50, 1, 16), (2, 33, 1, 24)]:
@@ -422,7 +445,9 @@ def test_nothing_outside_is_read(at_end, dtype):
         for probs in test_attention.PROBS:
             out, lse, probabilities = ops.attention_fwd(qkv, 0.3, 0.0, None, probs)
             dprobs = None if probs == "none" else guarded(probabilities)
-            ops.attention_bwd(guarded(out), qkv, guarded(out), guarded(lse), 0.3, 0.0, None, probs, dprobs)
+            for dropped in ((0.0, None), (0.1, guarded(torch.tensor([5])))):
+                ops.attention_fwd(qkv, 0.3, *dropped, probs)
+                ops.attention_bwd(guarded(out), qkv, guarded(out), guarded(lse), 0.3, *dropped, probs, dprobs)
     for kind in (dtype, torch.uint8):
         for shape, patch, width in [((1, 3, 9, 11), (4, 5), 6), ((2, 1, 8, 8), (2, 2), 40)]:
             images = guarded(test_patch_embed.draw_images(shape, kind, CPU))
