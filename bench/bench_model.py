@@ -28,4 +28,4 @@ def test_training_step(shape, dtype, contender, time_it):
         step = models.prepare_training(contender, subject)
     except models.Missing as missing:
         pytest.skip(str(missing))
-    time_it([step], f"{shape.label} {dtype} training step", rounds=5)
+    time_it([step.take], f"{shape.label} {dtype} training step", rounds=5)

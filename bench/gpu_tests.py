@@ -15,7 +15,7 @@ import torch
 from vit_fast.benchmarks.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
-_TESTED = ("attention", "linear", "layer_norm", "patch_embed", "extension_cuda", "modeling", "modules", "freeze")
+_TESTED = ("attention", "linear", "dropout", "layer_norm", "patch_embed", "extension_cuda", "modeling", "modules", "freeze")
 TESTS = [f"tests/{'frozen/' if name == 'freeze' else ''}test_{name}.py" for name in _TESTED]
 
 

@@ -91,11 +91,15 @@ def _models(rows: list[dict]) -> str:
             row = by_name.get(name)
             times = tables.ratio(base, row)[0] if base and row else 0.0
             order[name] = max(order[name], times)
-            cells[name].append(f"{tables.milliseconds(row['ms'])}, {times:.2f}x" if row else "")
+            known = base and row and "kept_mib" in base and "kept_mib" in row
+            kept = f", {row['kept_mib'] / base['kept_mib']:.2f} kept" if known else ""
+            cells[name].append(f"{tables.milliseconds(row['ms'])}, {times:.2f}x{kept}" if row else "")
     ordered = sorted(names, key=lambda name: -order[name])
     lines = [[f"**{name}**" if page.ours(name) else name, *cells[name]] for name in ordered]
-    what = f"Whole models: median time, and how many times as fast as the {BASE}, by turns in one run; ours in bold.\n\n"
-    return what + markdown(headers, lines)
+    what = f"Whole models: median time, and how many times as fast as the {BASE}, by turns in one run; ours in bold.\n"
+    if any("kept_mib" in row for row in rows):
+        what += f"Kept: the memory that a forward pass keeps for the backward pass, of what the {BASE} keeps.\n"
+    return what + "\n" + markdown(headers, lines)
 
 
 def _operations(rows: list[dict]) -> str:

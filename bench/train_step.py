@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 from vit_fast import CONFIGS, VisionTransformer, use  # noqa: E402
+from vit_fast.benchmarks.memory import kept_bytes  # noqa: E402
 from vit_fast.benchmarks.record import environment_of, rounded, slug_of  # noqa: E402
 
 CONTENDERS = {"reference": "reference", "fused": "auto"}
@@ -42,24 +43,6 @@ def make(name: str, p: float, rates: tuple[str, ...]) -> tuple[VisionTransformer
     config.transformer.update({"dropout_rate": 0.0} | dict.fromkeys(rates, p))
     model = VisionTransformer(config, img_size=224, num_classes=1000).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-
-def kept_bytes(model: VisionTransformer, forward) -> int:
-    """Bytes that the forward pass keeps, parameters and their packed copies aside."""
-    ranges = [(p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in model.parameters()]
-    kept: dict[int, int] = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if not any(first <= address < last for first, last in ranges):
-            kept[address] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = forward()
-    del loss
-    return sum(kept.values())
 
 
 def main() -> int:
@@ -101,7 +84,7 @@ def main() -> int:
             for name, implementation in CONTENDERS.items():
                 with use(implementation):
                     if round_ == 0:
-                        memory[name] = kept_bytes(model, forward)
+                        memory[name] = kept_bytes(forward, model.parameters(), images.device)
                     start = time.perf_counter()
                     step()
                     if round_:

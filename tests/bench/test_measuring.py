@@ -1,5 +1,6 @@
 """What is measured and how: the work against hand arithmetic, the cases, times by turns, checks before times, the record."""
 
+import functools
 import json
 import time
 
@@ -8,7 +9,7 @@ import torch
 
 from vit_fast import backends
 from vit_fast.backends import OPERATIONS, Implementation
-from vit_fast.benchmarks import cases, models, operations, overhead, peers, roofline, suite, timing
+from vit_fast.benchmarks import cases, memory, models, operations, overhead, peers, roofline, suite, timing
 from vit_fast.benchmarks.record import Record, key_of, read
 from vit_fast.terminal import CommandError
 
@@ -175,6 +176,20 @@ def test_rows_of_a_training_step(record):
     models.measure_training(record, TINY, "fp32", CPU, contenders, seconds=0.1)
     assert {row["contender"] for row in record.rows} == {"reference", "plain", "original"} and record.data["failed"] == []
     assert {row["direction"] for row in record.rows} == {"training step"}
+    kept = {row["contender"]: row["kept_mib"] for row in record.rows}
+    assert 0 < kept["plain"] < kept["reference"] or backends.backends()["cpp"] is not None
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """What autograd saves, each piece of memory once, views as the memory that they are of, parameters not at all."""
+    x, weight = torch.randn(10, 20), torch.randn(20, 30, requires_grad=True)
+    kept = functools.partial(memory.kept_bytes, parameters=[weight], device=CPU)
+    assert kept(lambda: (x @ weight).sum()) == x.nbytes
+    assert kept(lambda: (x[:, :5] @ weight[:5]).sum()) == x.nbytes
+    assert kept(lambda: ((x @ weight) + (x @ weight)).sum()) == x.nbytes
+    assert kept(lambda: (x @ weight).exp().sum()) == x.nbytes + 10 * 30 * 4
+    with torch.no_grad():
+        assert kept(lambda: (x @ weight).exp().sum()) == 0
 
 
 def test_a_wrong_gradient_has_no_row(record, monkeypatch):

@@ -22,6 +22,7 @@ from torch.nn.attention import sdpa_kernel
 from vit_fast import backends, freeze
 from vit_fast.benchmarks import peers, timing
 from vit_fast.benchmarks.cases import DTYPES, MODELS, Shape
+from vit_fast.benchmarks.memory import kept_bytes
 from vit_fast.benchmarks.operations import PINNED
 from vit_fast.benchmarks.peers import Missing
 from vit_fast.benchmarks.record import Record
@@ -314,7 +315,7 @@ class _Kind:
 
     direction: str
     prefix: str  # of what is said about it
-    calls: Callable[[Contender, Subject], timing.Calls]  # ready to be timed, their results looked at
+    calls: Callable[[Contender, Subject], tuple[timing.Calls, dict]]  # ready, their results looked at; more to put in the row
     least: int  # rounds
     gpu_ms: float
     gpu_most: int
@@ -334,46 +335,52 @@ def measure_training(
     record: Record, shape: Shape, dtype: str, device: torch.device, contenders: Sequence[Contender], seconds: float = 20.0
 ) -> None:
     """Rows of a training step, timed as `measure` does."""
-    kind = _Kind("training step", "training", lambda c, s: [prepare_training(c, s)], 4, 700.0, 100)
+    kind = _Kind("training step", "training", _training_calls, 4, 700.0, 100)
     _measure(record, shape, dtype, device, contenders, seconds, kind)
 
 
-def _forward_calls(contender: Contender, subject: Subject) -> timing.Calls:
+def _training_calls(contender: Contender, subject: Subject) -> tuple[timing.Calls, dict]:
+    step = prepare_training(contender, subject)
+    return [step.take], {} if step.kept_mib is None else {"kept_mib": step.kept_mib}
+
+
+def _forward_calls(contender: Contender, subject: Subject) -> tuple[timing.Calls, dict]:
     ready = prepare(contender, subject)
     images = subject.bytes[: subject.shape.batch] if ready.raw else subject.images(0, subject.shape.batch)
     # On a GPU a second set, so that the images don't lie in its cache.
     sets = [images, images.clone()] if subject.device.type == "cuda" else [images]
-    return [functools.partial(_quietly, ready.run, images) for images in sets]
+    return [functools.partial(_quietly, ready.run, images) for images in sets], {}
 
 
 def _measure(record, shape, dtype, device, contenders, seconds, kind: _Kind) -> None:
     torch._dynamo.reset()
     subject = subject_of(shape, dtype, device)
     by_turns: dict[str, Callable] = {}
+    known: dict[str, dict] = {}
     for contender in contenders:
         where = f"{kind.prefix} {shape.label} {dtype} {contender.name}"
         if record.seconds_left() < contender.seconds + (seconds if device.type == "cpu" else 0):
             record.skip(f"{where}: out of time")
             continue
         try:
-            calls = kind.calls(contender, subject)
+            calls, more = kind.calls(contender, subject)
         except Exception as error:  # noqa: BLE001
             _left_out(record, where, contender, error)
             continue
         if device.type == "cuda" or record.data["environment"].get("smoke"):
             timed = timing.events(calls, device, target_ms=kind.gpu_ms, most=kind.gpu_most)
-            _row(record, timed, shape, dtype, kind.direction, contender.name, **_peak(device))
+            _row(record, timed, shape, dtype, kind.direction, contender.name, **_peak(device), **more)
             del calls
             _free(device)
         else:
             record.say(f"{where}: ready, what it gives is within the budget")
-            by_turns[contender.name] = calls[0]
+            by_turns[contender.name], known[contender.name] = calls[0], more
     if by_turns:
         most = 40 if shape.batch == 1 else 20
         taken = timing.by_turns(by_turns, seconds, least=kind.least, most=most, at_once_ms=0.0, pause_ms=20.0)
         for name, samples in taken.items():
             ratio = timing.speed_up(taken[BASE], samples) | {"against": BASE} if BASE in taken and name != BASE else {}
-            _row(record, timing.summary(samples, "turns"), shape, dtype, kind.direction, name, **ratio)
+            _row(record, timing.summary(samples, "turns"), shape, dtype, kind.direction, name, **ratio, **known[name])
 
 
 def _left_out(record: Record, where: str, contender: Contender, error: Exception) -> None:
@@ -421,7 +428,15 @@ def _row(record: Record, timed: timing.Timing, shape: Shape, dtype: str, directi
 # ---- Training step --------------------------------------------------------------------------------------------------
 
 
-def prepare_training(contender: Contender, subject: Subject) -> Callable[[], None]:
+@dataclass
+class Step:
+    """A training step ready to be taken."""
+
+    take: Callable[[], None]
+    kept_mib: float | None  # what its forward pass keeps for the backward pass; None where that can't be seen
+
+
+def prepare_training(contender: Contender, subject: Subject) -> Step:
     """A training step of the contender: forward, cross-entropy, backward, AdamW. Without dropout, in the dtype throughout.
 
     Looked at before: the loss, and its gradient by the images, which passes through every layer. `Missing` where it can't take
@@ -441,13 +456,18 @@ def prepare_training(contender: Contender, subject: Subject) -> Callable[[], Non
             raise Wrong(broken)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5, fused=s.device.type == "cuda")
 
+    def loss() -> Tensor:
+        with backends.use(implementation), _pin(c.pinned):
+            return F.cross_entropy(run(images).float(), s.labels)
+
     def step() -> None:
         with backends.use(implementation), _pin(c.pinned):
-            F.cross_entropy(run(images).float(), s.labels).backward()
+            loss().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    visible = s.device.type == "cuda" or c.mode == ""  # on a CPU a compiled model's memory is the compiler's own affair
+    return Step(step, kept_bytes(loss, net.parameters(), s.device) / 2**20 if visible else None)
 
 
 def _gradient_of(run, images: Tensor, labels: Tensor) -> list[Tensor]:

@@ -56,11 +56,23 @@ def models(rows: list[dict]) -> list[str]:
             cells = [row["contender"], milliseconds(row["ms"]), f"{milliseconds(row['p20'])} - {milliseconds(row['p80'])}"]
             cells += [f"{row['images_per_s']:,.1f}", f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else ""]
             cells.append(_times(ratio(base, row)[0]) if base else "")
-            cells.append(_times(row["ms"] / frozen["ms"]) if frozen and direction == "forward" else "")
+            if direction == "forward":
+                cells.append(_times(row["ms"] / frozen["ms"]) if frozen else "")
+            else:
+                cells.append(kept(base, row))
             lines.append(cells)
-        headers = ("", "median", "p20 - p80", "images/s", "of product", f"x of {BASE}", f"{FROZEN} is")
+        last = f"{FROZEN} is" if direction == "forward" else "kept for backward"
+        headers = ("", "median", "p20 - p80", "images/s", "of product", f"x of {BASE}", last)
         told.append(styled(f"{shape}, {dtype_name(dtype)}, {direction}", "bold") + "\n" + table(headers, lines))
     return told
+
+
+def kept(base: dict | None, row: dict) -> str:
+    """What the forward pass keeps for the backward pass, and of what the base keeps; nothing where it isn't known."""
+    if "kept_mib" not in row:
+        return ""
+    known = base is not None and row is not base and "kept_mib" in base
+    return f"{row['kept_mib']:,.0f} MiB" + (f" ({row['kept_mib'] / base['kept_mib']:.2f})" if known else "")
 
 
 def operations(rows: list[dict]) -> list[str]:
