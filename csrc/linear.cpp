@@ -129,18 +129,18 @@ std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
 
 // What stochastic depth multiplies each entry of the first axis with, and the number of rows in one; no factors where p is 0.
 struct Images {
-  Tensor factors;
-  int64_t rows;
+  std::optional<Tensor> factors;
+  int64_t rows = 1;
 
-  Images(const char* op, const Tensor& x, double p, const std::optional<Tensor>& seed) : factors(floats(0)), rows(1) {
+  Images(const char* op, const Tensor& x, double p, const std::optional<Tensor>& seed) {
     const Dropout depth = dropout_of(op, "stochastic_depth_p", p, seed);
     if (!depth.on || x.numel() == 0) return;
     const int64_t images = x.dim() > 1 ? x.size(0) : 1;
     rows = rows_of(x) / images;
     factors = floats(images);
-    kernels().stochastic_depth(depth, images, floats_of(factors));
+    kernels().stochastic_depth(depth, images, floats_of(*factors));
   }
-  const float* get() const { return factors.numel() > 0 ? floats_of(factors) : nullptr; }
+  const float* get() const { return factors ? floats_of(*factors) : nullptr; }
 };
 
 std::tuple<Tensor, Tensor> linear_fwd(

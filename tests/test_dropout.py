@@ -271,6 +271,24 @@ def test_follows_the_generator(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", FUSED)
+def test_compiled(implementation, device):
+    """One graph, seeds and all, that gives what is given without it."""
+    tensors = (*layer((8, 9), 8, 40, torch.float32, device), *layer((8, 9), 40, 8, torch.float32, device, seed=4)[1:])
+
+    def call(*tensors):
+        y = mlp(*tensors, "gelu", tensors[0], 0.5, 0.5)
+        return linear(y, tensors[1], tensors[2], dropout_p=0.3)
+
+    torch._dynamo.reset()
+    results = []
+    with backends.use(implementation):
+        for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+            torch.manual_seed(1)
+            results.append(with_gradients(function, tensors))
+    assert all(torch.equal(a, b) for a, b in zip(*((*o, *g) for o, g in results), strict=True))
+
+
+@pytest.mark.parametrize("implementation", FUSED)
 def test_what_autograd_keeps(implementation, device):
     """x, the weights, z and two seeds: no mask, and neither h nor anything else of its size."""
     tensors = (*layer((4, 16), 8, 32, torch.float32, device), *layer((4, 16), 32, 8, torch.float32, device, seed=4)[1:])

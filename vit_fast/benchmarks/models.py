@@ -451,7 +451,7 @@ def prepare_training(contender: Contender, subject: Subject) -> Step:
     with backends.use(implementation), _pin(c.pinned):
         found = _gradient_of(run, images, s.labels)
     for name, a, o, x in zip(("loss", "gradient by the images"), found, *s.checked_training(), strict=True):
-        e = error(a, o, x)
+        e = error(a, o, x, DTYPES[s.dtype])  # the loss is a float32 of logits that are not
         if broken := _told(name, e, c.ours):
             raise Wrong(broken)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5, fused=s.device.type == "cuda")

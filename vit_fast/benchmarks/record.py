@@ -157,7 +157,9 @@ def environment_of(device: torch.device, smoke: bool = False) -> dict:
 
     # An installed wheel may lie below somebody else's repository.
     checkout = (root / "csrc" / "ops.cpp").is_file() and (root / ".git").exists()
-    status = output("git", "status", "--porcelain", "--untracked-files=no") if checkout else None
+    # What a program before this one wrote into the results is no change to what is measured.
+    changes = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+    status = output(*changes) if checkout else None
     found = {
         "smoke": smoke,
         "vit_fast": vit_fast.__version__,
