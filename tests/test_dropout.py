@@ -276,7 +276,7 @@ def test_compiled(implementation, device):
     tensors = (*layer((8, 9), 8, 40, torch.float32, device), *layer((8, 9), 40, 8, torch.float32, device, seed=4)[1:])
 
     def call(*tensors):
-        y = mlp(*tensors, "gelu", tensors[0], 0.5, 0.5)
+        y = mlp(*tensors, "gelu", 2 * tensors[0], 0.5, 0.5)
         return linear(y, tensors[1], tensors[2], dropout_p=0.3)
 
     torch._dynamo.reset()
@@ -285,7 +285,8 @@ def test_compiled(implementation, device):
         for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
             torch.manual_seed(1)
             results.append(with_gradients(function, tensors))
-    assert all(torch.equal(a, b) for a, b in zip(*((*o, *g) for o, g in results), strict=True))
+    # Products may be computed by others while tracing, which rounds otherwise.
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", FUSED)

@@ -65,12 +65,13 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual, dropout_p, stochastic_depth_p, seeds, kernels
-    ):
+        ctx, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, residual,
+        dropout_p, stochastic_depth_p, hidden_seed, seed, kernels,
+    ):  # fmt: skip
         for_x, for_weight1, for_bias1, for_weight2 = ctx.needs_input_grad[:4]
         keep = for_x or for_weight1 or for_bias1
-        h, z = kernels.linear_fwd(x, fc1_weight, fc1_bias, activation, None, keep, dropout_p, 0.0, seeds[0])
-        y = _second_layer(kernels, h, fc2_weight, fc2_bias, residual, dropout_p, stochastic_depth_p, seeds[1])
+        h, z = kernels.linear_fwd(x, fc1_weight, fc1_bias, activation, None, keep, dropout_p, 0.0, hidden_seed)
+        y = _second_layer(kernels, h, fc2_weight, fc2_bias, residual, dropout_p, stochastic_depth_p, seed)
         ctx.kernels, ctx.dtype, ctx.epilogue = kernels, x.dtype, (activation, dropout_p, stochastic_depth_p)
         ctx.save_for_backward(
             x if for_weight1 else None,
@@ -78,7 +79,8 @@ class _Mlp(torch.autograd.Function):
             fc2_weight if keep else None,
             z if keep else None,
             h if for_weight2 and not keep else None,
-            *seeds,
+            hidden_seed,
+            seed,
         )
         return y
 
@@ -104,7 +106,7 @@ class _Mlp(torch.autograd.Function):
             dbias2 if for_bias2 else None,
             None,
             dy if for_residual else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -128,8 +130,8 @@ def _mlp_with_kernels(kernels):
         dtype = product_dtype(x)
         x, *parameters = (t.to(dtype) for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
         if records(x, *parameters, residual):
-            seeds = (hidden_seed, seed)
-            return _Mlp.apply(x, *parameters, activation, residual, dropout_p, stochastic_depth_p, seeds, kernels)
+            dropped = (dropout_p, stochastic_depth_p, hidden_seed, seed)
+            return _Mlp.apply(x, *parameters, activation, residual, *dropped, kernels)
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
         h, _ = kernels.linear_fwd(x, fc1_weight, fc1_bias, activation, None, False, dropout_p, 0.0, hidden_seed)
         return _second_layer(kernels, h, fc2_weight, fc2_bias, residual, dropout_p, stochastic_depth_p, seed)
