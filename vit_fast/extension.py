@@ -31,7 +31,7 @@ def _load() -> dict[str, str | None]:
         else:
             try:
                 torch.ops.load_library(path)
-                stale = device == "cpu" and not hasattr(torch.ops.vit_fast_cpp, "linear_packed_out")
+                stale = device == "cpu" and not hasattr(torch.ops.vit_fast_cpp, "epilogue_bwd")
                 reasons[device] = "the extension is older than the package: build it again" if stale else None
             except OSError as error:  # of another machine, or damaged
                 reasons[device] = f"the extension does not load: {error.__cause__ or error}"
