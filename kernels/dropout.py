@@ -11,6 +11,7 @@ It is kept where the bits, as a signed integer, are not below a limit. The exten
 call serves four elements of a matrix: 32 columns apart, they are in the strips of one program's tile, and there in one thread.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -29,6 +30,18 @@ def keep_limit(p: float) -> int:
 def keep_scale(p: float) -> float:
     """What a kept element is multiplied by: 1 / (1 - p), and 0 at p = 1."""
     return 1 / (1 - p) if p < 1 else 0.0
+
+
+def dropped(dropout_p: float, stochastic_depth_p: float, x: torch.Tensor) -> tuple:
+    """What the kernels of a matrix are told: limit and scale of either, and the number of rows of an image."""
+    image_rows = x.shape[1:-1].numel() if x.dim() > 1 else 1
+    return (
+        keep_limit(dropout_p),
+        keep_scale(dropout_p),
+        keep_limit(stochastic_depth_p),
+        keep_scale(stochastic_depth_p),
+        image_rows,
+    )
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vit_fast.kernels.common import Target, on_device, target_of, tuned
-from vit_fast.kernels.dropout import image_factors, keep_limit, keep_scale, kept_block
+from vit_fast.kernels.dropout import dropped, image_factors, kept_block
 from vit_fast.kernels.gelu import accumulator, gelu, gelu_derivative, takes_erf
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------
@@ -146,15 +146,3 @@ def epilogue_bwd(
                 num_warps=config.warps,
             )
     return dz, partial.sum(0).to(like.dtype), h
-
-
-def dropped(dropout_p: float, stochastic_depth_p: float, rows: torch.Tensor) -> tuple:
-    """The kernels' arguments for that: limit and scale of either, and the number of rows of an image."""
-    image_rows = rows.shape[1:-1].numel() if rows.dim() > 1 else 1
-    return (
-        keep_limit(dropout_p),
-        keep_scale(dropout_p),
-        keep_limit(stochastic_depth_p),
-        keep_scale(stochastic_depth_p),
-        image_rows,
-    )

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 
 from vit_fast.kernels.common import Target, dot, dot_precision, on_device, target_of, tuned
-from vit_fast.kernels.dropout import image_factors, kept_strip, kept_words
-from vit_fast.kernels.epilogue import dropped
+from vit_fast.kernels.dropout import dropped, image_factors, kept_strip, kept_words
 from vit_fast.kernels.gelu import accumulator, gelu, gelu_derivative, takes_erf
 
 # ---- Launch choices -------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_fast import backends, ops
 from vit_fast.configs import CONFIGS
-from vit_fast.ops.linear import stochastic_depth
+from vit_fast.ops.dropout import stochastic_depth
 from vit_fast.packing import PackedLinears
 from vit_fast.resnet import ResNetV2
 

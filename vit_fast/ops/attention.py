@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from vit_fast import backends, extension
 from vit_fast.backends import Implementation, Operation
 from vit_fast.ops.checks import check_tensors
+from vit_fast.ops.dropout import check_probability, draw_seeds
 
 PROBS = ("none", "all", "class_token", "head_mean")  # which probabilities are a second result
 
@@ -138,8 +139,7 @@ def _with_kernels(kernels):
         if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:  # as the stock operation
             qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
         scale = 1 / math.sqrt(qkv.shape[-1])
-        # Drawn here, on the device, from torch's own generator: manual_seed, checkpointing and CUDA graphs all hold.
-        seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p > 0 else None
+        (seed,) = draw_seeds(qkv, 1, dropout_p)
         if torch.is_grad_enabled() and qkv.requires_grad:
             results = _Attention.apply(qkv, scale, dropout_p, seed, probs, kernels)
             return (results, None) if probs == "none" else results
@@ -211,8 +211,7 @@ def attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0, return_probs:
         qkv = qkv.unflatten(2, (3, num_heads, qkv.shape[2] // (3 * num_heads)))
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[3] != num_heads:
         raise ValueError(f"attention: qkv must be [B, N, 3, {num_heads}, d] or [B, N, 3·{num_heads}·d], got {list(qkv.shape)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
+    check_probability("attention", "dropout_p", dropout_p)
     probs = {False: "none", True: "all"}.get(return_probs, return_probs)
     if probs not in PROBS:
         raise ValueError(f"attention: return_probs must be False, True or one of {PROBS[1:]}, got {return_probs!r}")

@@ -8,7 +8,6 @@ in memory: the kernels draw them from a seed, and draw them again in the backwar
 The kernels are for the epilogues: a product with one is theirs, and in `mlp` so is the one that gives the hidden gradient, with
 the activation's derivative behind it. A product without is the stock one, cuBLAS, under ``triton`` too: the bare layer, and in
 every backward pass dx = dz W and dW = dzᵀ x. On a CPU the extension multiplies too, where it is faster than BLAS.
-Sources: Srivastava et al., Dropout (2014); Huang et al., Deep Networks with Stochastic Depth (2016).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from vit_fast import backends, extension, tuning
 from vit_fast.backends import Implementation, Operation
 from vit_fast.ops.checks import check_shape, check_tensors, dtype_name, refuses_rows
+from vit_fast.ops.dropout import check_probability, draw_seeds, stochastic_depth
 
 ACTIVATIONS = {None: None, "gelu": "none", "gelu_tanh": "tanh"}  # our name: torch.nn.functional.gelu's `approximate`
 
@@ -36,14 +36,6 @@ def linear_reference(x, weight, bias, activation, residual, dropout_p=0.0, stoch
         y = F.gelu(y, approximate=ACTIVATIONS[activation])
     y = stochastic_depth(F.dropout(y, dropout_p), stochastic_depth_p)
     return y if residual is None else y + residual
-
-
-def stochastic_depth(y: Tensor, p: float) -> Tensor:
-    """y, each entry of its first axis set to zero with probability p and else divided by 1 - p, so that the mean stays."""
-    if p == 0.0:
-        return y
-    kept = y.new_empty(y.shape[:1] + (1,) * (y.dim() - 1)) if y.dim() > 1 else y.new_empty(1)
-    return y * kept.bernoulli_(1.0 - p).div_(max(1.0 - p, 1e-12))
 
 
 # ---- Stock PyTorch --------------------------------------------------------------------------------------------------
@@ -196,16 +188,6 @@ def epilogue_gradient(kernels, dy, dtype, z, activation, dropout_p, stochastic_d
     # A gradient comes in any layout, a sum's as one element expanded, and in a wider residual's dtype under autocast.
     dy = dy.contiguous() if z is not None else dy.to(dtype).contiguous()
     return kernels.epilogue_bwd(dy, z, activation, dropout_p, stochastic_depth_p, seed)[:2]
-
-
-def draw_seeds(x: Tensor, count: int, *probabilities: float) -> tuple[Tensor | None, ...]:
-    """So many seeds, int64 [1] each, from torch's generator of x's device; None where nothing is dropped.
-
-    Drawn there, so manual_seed, checkpointing and CUDA graphs all hold.
-    """
-    if not any(probabilities):
-        return (None,) * count
-    return torch.randint(1 << 62, (count,), device=x.device).split(1)
 
 
 # ---- Bare products ---------------------------------------------------------------------------------------------------
@@ -373,11 +355,6 @@ _linear = Operation(
 def check_activation(op: str, activation: str | None) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-
-
-def check_probability(op: str, name: str, p: float) -> None:
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{op}: {name} must be in [0, 1], got {p}")
 
 
 def linear(

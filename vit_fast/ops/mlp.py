@@ -19,13 +19,12 @@ from torch.autograd.function import once_differentiable
 from vit_fast import backends, extension
 from vit_fast.backends import Implementation, Operation
 from vit_fast.ops.checks import check_shape, check_tensors
+from vit_fast.ops.dropout import check_probability, draw_seeds
 from vit_fast.ops.linear import (
     check_activation,
-    check_probability,
     cpp_not_worth,
     cpp_refuses_dropout,
     cpp_refuses_product,
-    draw_seeds,
     epilogue_gradient,
     forward_with,
     linear_reference,
