@@ -293,6 +293,14 @@ def test_a_resumed_run_does_only_what_is_left(tmp_path):
     assert second == ["c"] and [row["contender"] for row in again.rows] == ["a", "b", "c"]
 
 
+def test_a_resumed_run_keeps_the_ceilings_of_other_dtypes(tmp_path):
+    path = tmp_path / "rows.json"
+    Record(path, dict(ENVIRONMENT), say=print).ceilings(timing.Ceilings(0.04, {"fp32": 0.5, "fp16": 0.6}))
+    Record.resumed(path, dict(ENVIRONMENT), say=print).ceilings(timing.Ceilings(0.05, {"bf16": 1.0, "fp16": 0.7}))
+    products = {"fp32": 0.5, "fp16": 0.7, "bf16": 1.0}
+    assert read(path)["ceilings"] == {"copy_tb_s": 0.05, "products_tflop_s": products}
+
+
 def test_another_machine_can_not_resume(tmp_path):
     Record(tmp_path / "rows.json", dict(ENVIRONMENT), say=lambda text: None)
     with pytest.raises(CommandError, match="was begun with torch 2, this is 3"):

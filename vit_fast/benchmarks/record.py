@@ -79,7 +79,10 @@ class Record:
         self._say(text)
 
     def ceilings(self, ceilings: Ceilings) -> None:
+        """What this run reached; products of dtypes that only the run before a resumed one measured stay."""
+        before = (self.data["ceilings"] or {}).get("products_tflop_s", {})
         self.data["ceilings"] = asdict(ceilings)
+        self.data["ceilings"]["products_tflop_s"] = before | ceilings.products_tflop_s
         self.save()
 
     def skip(self, what: str) -> None:
